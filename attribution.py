@@ -1,0 +1,364 @@
+"""How much a target token owes to the auxiliary tokens and how much to the user: relevance, groups, attribution.
+
+Read `segment_gradient` first: it is the method's measuring device; `relevance` averages it over windows, `cut_groups`
+turns it into the groups of the objective, `token_attribution` opens one prompt token by token.
+
+    symbol   paper / docs         here
+    a        task, prefix         segments TEMPLATE and TITLE (auxiliary tokens)
+    u        user interactions    segment USER
+    A_S(t)   attribution          `segment_gradient`, `segment_ablation`  (N,)
+    r        relevance            |A_aux| / (|A_aux| + |A_user|), in [0, 1]
+"""
+import argparse
+import contextlib
+import html
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.autograd.forward_ad as forward_ad
+from tqdm.auto import tqdm
+
+from data import (BOS, TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, collate, load_run,
+                  logits_at, run_command, target_logits, write_atomic)
+
+AUXILIARY = (TEMPLATE, TITLE)
+STEPS = 2  # points on the path: rank correlation with the ablation, see README
+WINDOWS_PER_TITLE = 4  # the standard error of a title's r is then under half its spread over windows
+
+
+# ------------------------------------------------------------------------------------------------ two attributions
+
+@contextlib.contextmanager
+def measuring(model):
+    """Evaluation mode, no gradient graph, and eager attention: the fused kernels have no forward-mode derivative."""
+    attention, training = model.config._attn_implementation, model.training
+    model.eval()
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+def path_ends(model, batch, segment):
+    """(embeddings E, E - baseline on `segment`'s tokens and 0 elsewhere), both (B, T, D); baseline = mean embedding."""
+    embedding = model.get_input_embeddings()
+    E = embedding(batch.ids)  # (B, T, D)
+    inside = torch.isin(batch.segment, torch.tensor(segment, device=E.device))  # (B, T)
+    return E, (E - embedding.weight.mean(0)) * inside[..., None]
+
+
+def log_prob_derivative(logits, tangent, label):
+    """d log p(label) for logits (N, V) moving along tangent (N, V): sum over v != label of p_v (dz_label - dz_v).
+
+    The textbook form dz_label - sum_v p_v dz_v cancels to rounding noise where p(label) is near 1; this one does not.
+    """
+    others = logits.softmax(-1).scatter(-1, label[:, None], 0.0)  # (N, V)
+    return (others * (tangent.gather(-1, label[:, None]) - tangent)).sum(-1)  # (N,)
+
+
+def segment_gradient(model, batch, segment, steps=STEPS):
+    """A_S of every target token, (N,) nats: the path integral of d log p / ds by the midpoint rule at `steps` points.
+
+    The path moves the embeddings of S from the baseline (s = 0) to their values (s = 1), all else fixed. One forward-mode
+    pass gives d log p / ds of EVERY target token; reverse mode would need one backward per token.
+    """
+    E, delta = path_ends(model, batch, segment)
+    total = 0
+    for j in range(steps):
+        s = (j + 0.5) / steps
+        with forward_ad.dual_level():
+            dual = target_logits(model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta))
+            logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
+        total = total + log_prob_derivative(logits, tangent, batch.label)
+    return total / steps
+
+
+def segment_ablation(model, batch, segment):
+    """A_S of every target token, (N,) nats: log p - log p with the embeddings of S at the baseline (Feature Ablation)."""
+    def log_prob(embeds):
+        return target_logits(model, batch, embeds).log_softmax(-1).gather(-1, batch.label[:, None])[:, 0]
+    E, delta = path_ends(model, batch, segment)
+    return log_prob(E) - log_prob(E - delta)
+
+
+def attributions(model, trees, method="gradient", steps=STEPS, device="cpu", note="attribution"):
+    """(A_aux, A_user, item, step, window), each (N,) numpy, over all target tokens of `trees`; scores in fp32."""
+    measure = {"gradient": lambda *args: segment_gradient(*args, steps), "ablation": segment_ablation}[method]
+    parts = []
+    with measuring(model):
+        for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
+            batch = collate([trees[i] for i in indices], device)
+            A = [measure(model, batch, segment).double() for segment in (AUXILIARY, (USER,))]
+            parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.step, batch.window)])
+    return [np.concatenate(part) for part in zip(*parts)]
+
+
+# ------------------------------------------------------------------------------------------------ relevance and groups
+
+def ratio(aux, user):
+    """r = |aux| / (|aux| + |user|), elementwise; 0/0 is 1: a token certain without the user."""
+    aux, user = np.abs(aux), np.abs(user)
+    return np.where(aux + user > 0, aux / np.where(aux + user > 0, aux + user, 1), 1.0)
+
+
+def sample_windows(windows, per_title, seed):
+    """A seeded sample with at most `per_title` windows of each target item, in the order of `windows`."""
+    taken, chosen = {}, []
+    for i in np.random.default_rng(seed).permutation(len(windows)):
+        target = windows[i].items[windows[i].stop]
+        if taken.get(target, 0) < per_title:
+            taken[target] = taken.get(target, 0) + 1
+            chosen.append(i)
+    return [windows[i] for i in sorted(chosen)]
+
+
+def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, device="cpu"):
+    """Relevance of target tokens to their auxiliary tokens -> (items, L) in [0, 1], NaN where no window has the target.
+
+    A property of (title, place in the title): the mean of r over a seeded sample of the training windows with that
+    target (our choice). method 'probability': p(y_t | a, y_<t) with the history empty, one prompt a title.
+    """
+    if method == "probability":
+        targets = sorted({w.items[w.stop] for w in windows})
+        trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
+        parts = []
+        with measuring(model):
+            for indices in by_length(trees):
+                batch = collate([trees[i] for i in indices], device)
+                p = target_logits(model, batch).softmax(-1).gather(-1, batch.label[:, None])[:, 0]
+                parts.append([x.cpu().numpy() for x in (p.double(), batch.item, batch.step)])
+        r, item, step = (np.concatenate(part) for part in zip(*parts))
+    else:
+        trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
+        aux, user, item, step, _ = attributions(model, trees, method, steps, device, note=f"relevance ({method})")
+        r = ratio(aux, user)
+    shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
+    total, count = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (item, step), r)
+    np.add.at(count, (item, step), 1)
+    return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
+
+
+def cut_groups(r, windows, n_groups):
+    """Cut the target tokens of `windows` by relevance -> (group (items, L) int, -1 where r is NaN; cuts; shares).
+
+    Group 0 is the least relevant. Groups hold equal shares of the training tokens as far as ties allow: equal r, equal
+    group. cuts: the lowest r of each group. An empty group is an InputError.
+    """
+    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(r))  # how often each title is a target
+    known = ~np.isnan(r)
+    values, index = np.unique(r[known], return_inverse=True)
+    mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
+    middle = (np.cumsum(mass) - mass / 2) / mass.sum()  # where each value's tokens lie in the sorted order
+    place = np.minimum((middle * n_groups).astype(int), n_groups - 1)
+    shares = np.bincount(place, weights=mass, minlength=n_groups) / mass.sum()
+    if (shares == 0).any():
+        raise InputError(f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups")
+    group = np.full(r.shape, -1)
+    group[known] = place[index]
+    return group, [float(values[place == g][0]) for g in range(n_groups)], shares.tolist()
+
+
+# ------------------------------------------------------------------------------------------------ one prompt, token by token
+
+PATH_STEPS = 64  # Gauss-Legendre points of the path: the gap to completeness is then under 1% (README)
+CHUNK = 16  # prompts forwarded at once
+
+
+def token_attribution(model, tokenizer, prompts, window, method="gradient", steps=PATH_STEPS, device="cpu"):
+    """Attribution, in nats, of each target token of one prompt to each input token -> dict for the table and the page.
+
+    'gradient': integrated gradients; all tokens but BOS move together from the mean embedding to their own, so a row of
+    values sums to log p(prompt) - log p(baseline) up to `gap`, the error of the quadrature relative to that difference.
+    'ablation': log p - log p with that one token at the baseline; a row need not sum to anything, and there is no gap.
+
+    Keys: tokens [T], targets [N], log_prob [N], values [N][T], spans [{name, kind, start, end}], method, steps, gap.
+    """
+    tree = build_tree(prompts, [window], [0])
+    one = collate([tree], device)
+    N, T = len(one.label), one.ids.shape[1]
+
+    def log_prob(embeds):  # (R, T, D) -> (R, N)
+        R = len(embeds)
+        row = torch.arange(R, device=device).repeat_interleave(N)
+        logits = logits_at(model, row, one.source.repeat(R), inputs_embeds=embeds, use_cache=False,
+                           attention_mask=one.mask.expand(R, -1, -1, -1), position_ids=one.position.expand(R, -1))
+        return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
+
+    values, gap = torch.zeros(N, T, device=device), None
+    with measuring(model):
+        E, delta = path_ends(model, one, (TEMPLATE, USER, TITLE))  # (1, T, D)
+        own = log_prob(E)  # (1, N)
+        if method == "ablation":
+            for inputs in torch.arange(T, device=device).split(CHUNK):
+                without = E.repeat(len(inputs), 1, 1)
+                without[torch.arange(len(inputs)), inputs] -= delta[0, inputs]
+                values[:, inputs] = (own - log_prob(without)).T
+        else:
+            points, weights = (torch.tensor(x / 2, dtype=E.dtype, device=device) for x in np.polynomial.legendre.leggauss(steps))
+            for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
+                embeds = (E - (1 - s)[:, None, None] * delta).requires_grad_()  # (R, T, D)
+                with torch.enable_grad():
+                    terms = weight @ log_prob(embeds)  # (N,)
+                for n in range(N):
+                    gradient, = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
+                    values[n] += (gradient * delta).sum((0, 2))
+            change = (own - log_prob(E - delta))[0]
+            gap = float((values.sum(1) - change).abs().sum() / change.abs().sum())
+    names = tokenizer.batch_decode([[token] for token in tree.ids.tolist()])
+    return {"tokens": names, "targets": tokenizer.batch_decode([[token] for token in tree.label.tolist()]),
+            "log_prob": own[0].tolist(), "values": values.tolist(), "spans": prompt_spans(prompts, window, tree),
+            "method": method, "steps": steps if method == "gradient" else None, "gap": gap}
+
+
+def prompt_spans(prompts, window, tree):
+    """The prompt's parts in order: [{name, kind, start, end}], kind one of bos, template, user (an item each), title."""
+    spans, at = [], 0
+
+    def span(name, kind, length):
+        nonlocal at
+        if length:
+            spans.append({"name": name, "kind": kind, "start": at, "end": at + length})
+        at += length
+    span("BOS", "bos", len(prompts.bos))
+    span("task", "template", len(prompts.task))
+    for item in window.items[window.start + tree.dropped:window.stop]:
+        span(item, "user", len(prompts.titles[item]) + len(prompts.separator))
+    span("response marker", "template", len(prompts.marker))
+    span("title prefix", "title", len(tree.ids) - at)
+    return spans
+
+
+def span_sums(record):
+    """(spans, N + 1) sums of a record's values over each span; the last column is over all target tokens."""
+    values = np.array(record["values"])  # (N, T)
+    sums = np.stack([values[:, s["start"]:s["end"]].sum(1) for s in record["spans"]])
+    return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
+
+
+# ------------------------------------------------------------------------------------------------ tables and pages
+
+STYLE = """
+:root { color-scheme: light; } body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } .note { color: #555; max-width: 45rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; } th, td { padding: .25rem .7rem; text-align: right; }
+th { border-bottom: 2px solid #444; font-weight: 600; } td { border-bottom: 1px solid #ddd; } th:first-child, td:first-child { text-align: left; }
+.row { margin: .6rem 0 1.2rem; line-height: 2; } .row b { display: inline-block; min-width: 6rem; } .part { border: 1px solid #bbb; border-radius: .3rem;
+padding: .15rem .2rem; margin-right: .25rem; white-space: pre-wrap; box-decoration-break: clone; } .part small { color: #333; padding-left: .3rem; }
+svg { max-width: 100%; height: auto; } .scroll { overflow-x: auto; }
+"""
+
+
+def format_table(header, rows):
+    """Plain text table: the first column to the left, the rest to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[j]) for row in cells) for j in range(len(header))]
+    lines = ["  ".join(cell.rjust(w) if j else cell.ljust(w) for j, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def html_page(title, *sections):
+    """A self-contained page: no script, nothing fetched. sections: HTML made by the functions here, or escaped by the caller."""
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
+            + "\n".join(sections) + "\n</body></html>\n")
+
+
+def html_table(header, rows):
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+    return '<div class="scroll"><table>' + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table></div>"
+
+
+def shade(value, largest):
+    """Zero-centred colour: white at 0, blue for what raises the token's probability, orange for what lowers it."""
+    strength = min(1.0, abs(value) / largest) if largest else 0.0
+    full = (61, 133, 198) if value > 0 else (230, 126, 34)
+    return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in full))
+
+
+def html_heatmap(record):
+    """A token_attribution record as HTML: a row per target token, its prompt shaded, spans boxed with their sums."""
+    values, rows = np.array(record["values"]), []
+    largest = np.abs(values).max()
+    sums = span_sums(record)
+    for n, (target, log_prob) in enumerate(zip(record["targets"], record["log_prob"])):
+        parts = []
+        for i, s in enumerate(record["spans"]):
+            tokens = "".join(f'<span style="background:{shade(values[n, t], largest)}" title="{values[n, t]:+.4f} nats">'
+                             f'{html.escape(record["tokens"][t]).strip(chr(10)) or "&#8629;"}</span>' for t in range(s["start"], s["end"]))
+            parts.append(f'<span class="part" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.3f} nats">{tokens}<small>{sums[i, n]:+.2f}</small></span>')
+        rows.append(f'<div class="row"><b>{html.escape(target)}</b> <span class="note">log p {log_prob:.2f}</span><br>{"".join(parts)}</div>')
+    gap = "" if record["gap"] is None else f", gap to completeness {record['gap']:.2%} at {record['steps']} points"
+    return (f'<p class="note">Attribution by {record["method"]}{gap}. Blue raises the probability of the row\'s token, orange lowers it; '
+            f"a box is a part of the prompt with its sum in nats; hover for figures.</p>" + "".join(rows))
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def name_items(record, titles):
+    """Give the history spans their titles."""
+    for s in record["spans"]:
+        if s["kind"] == "user":
+            s["name"] = titles[s["name"]]
+    return record
+
+
+def choose_window(dataset, user=None, title=None):
+    """The user's last test window (default: the first test user's), its target replaced by `title` where given."""
+    windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
+    if not windows:
+        raise InputError(f"--user {user}: no test window of this user; users are such as {', '.join(dataset.users[:5])}")
+    window = windows[0] if user is None else windows[-1]
+    if title is None:
+        return window
+    if title not in dataset.titles:
+        near = [t for t in dataset.titles if title.lower() in t.lower()][:5]
+        raise InputError(f"--title {title}: not in the catalogue" + (f"; did you mean {' | '.join(near)}?" if near else ""))
+    return window._replace(items=window.items[:window.stop] + (dataset.titles.index(title),))
+
+
+def parser():
+    p = argparse.ArgumentParser(description="Attribution of a title's tokens to each token of one user's prompt.")
+    p.add_argument("run", help="a loss's folder in a run, such as runs/ml-100k-tiny-seed0/gdrt")
+    p.add_argument("--user", help="id of a test user as in the data (default: the first)")
+    p.add_argument("--title", help="title to explain (default: what the user chose)")
+    p.add_argument("--method", choices=("gradient", "ablation"), default="gradient", help="integrated gradients, or one token at a time "
+                   "replaced by the mean embedding")
+    p.add_argument("--steps", type=int, default=PATH_STEPS, help=f"points of the gradient's path (default: {PATH_STEPS})")
+    p.add_argument("--html", metavar="FILE", help="write a page with the tokens shaded")
+    p.add_argument("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
+    p.add_argument("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: one point or more is needed")
+    _, dataset, model, tokenizer, prompts = load_run(args.run, args.cache, args.data_dir)
+    window = choose_window(dataset, args.user, args.title)
+    record = name_items(token_attribution(model, tokenizer, prompts, window, args.method, args.steps), dataset.titles)
+    sums, whole = span_sums(record), [s["kind"] for s in record["spans"]]
+    rows = [(s["name"], *(f"{x:+.2f}" for x in row)) for s, row in zip(record["spans"], sums)]
+    for name, kinds in (("auxiliary", ("template", "title")), ("user", ("user",))):
+        rows.append((f"= {name}", *(f"{x:+.2f}" for x in sums[[kind in kinds for kind in whole]].sum(0))))
+    rows.append(("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}"))
+    print(f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: attribution by {args.method} in nats")
+    print(format_table(("part of the prompt", *(t.strip() or repr(t) for t in record["targets"]), "all"), rows))
+    if record["gap"] is not None:
+        print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
+    if args.html:
+        title = f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
+        write_atomic(args.html, html_page(title, html_heatmap(record)))
+        print(f"page: {args.html}")
+
+
+if __name__ == "__main__":
+    run_command(main)
