@@ -7,26 +7,25 @@ turns it into the groups of the objective, `token_attribution` opens one prompt 
     a        task, prefix         segments TEMPLATE and TITLE (auxiliary tokens)
     u        user interactions    segment USER
     A_S(t)   attribution          `segment_gradient`, `segment_ablation`  (N,)
-    r        relevance            |A_aux| / (|A_aux| + |A_user|), in [0, 1]
+    r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), steadied, in [0, 1]
 """
 import argparse
 import contextlib
 import html
-import json
-import sys
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from tqdm.auto import tqdm
 
-from data import (BOS, TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, collate, load_run,
+from data import (TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, by_trunk, collate, load_run,
                   logits_at, run_command, target_logits, write_atomic)
 
 AUXILIARY = (TEMPLATE, TITLE)
 STEPS = 2  # points on the path: rank correlation with the ablation, see README
-WINDOWS_PER_TITLE = 4  # the standard error of a title's r is then under half its spread over windows
+CERTAIN = 0.3  # nats: what the user adds to a token counts against this much
+WINDOWS_PER_TITLE = 2  # what the step can afford at a fifth of a run; r differs more between tokens than between windows
 
 
 # ------------------------------------------------------------------------------------------------ two attributions
@@ -102,19 +101,27 @@ def attributions(model, trees, method="gradient", steps=STEPS, device="cpu", not
 # ------------------------------------------------------------------------------------------------ relevance and groups
 
 def ratio(aux, user):
-    """r = |aux| / (|aux| + |user|), elementwise; 0/0 is 1: a token certain without the user."""
-    aux, user = np.abs(aux), np.abs(user)
-    return np.where(aux + user > 0, aux / np.where(aux + user > 0, aux + user, 1), 1.0)
+    """r = (|aux| + c) / (|aux| + |user| + c), elementwise, c = CERTAIN nats.
+
+    With c = 0 a token that is certain already, such as EOS, gets the quotient of two crumbs; with c it gets nearly 1, the
+    limit that 0/0 should have: certain without the user.
+    """
+    aux, user = np.abs(aux) + CERTAIN, np.abs(user)
+    return aux / (aux + user)
 
 
 def sample_windows(windows, per_title, seed):
-    """A seeded sample with at most `per_title` windows of each target item, in the order of `windows`."""
-    taken, chosen = {}, []
-    for i in np.random.default_rng(seed).permutation(len(windows)):
-        target = windows[i].items[windows[i].stop]
-        if taken.get(target, 0) < per_title:
-            taken[target] = taken.get(target, 0) + 1
-            chosen.append(i)
+    """A seeded sample with at most `per_title` windows of each target item, in the order of `windows`.
+
+    It is drawn trunk by trunk, each giving all that is still wanted of it: half the tokens of a draw window by window.
+    """
+    groups, taken, chosen = by_trunk(windows), Counter(), []
+    for g in np.random.default_rng(seed).permutation(len(groups)):
+        for i in groups[g]:
+            target = windows[i].items[windows[i].stop]
+            if taken[target] < per_title:
+                taken[target] += 1
+                chosen.append(i)
     return [windows[i] for i in sorted(chosen)]
 
 
@@ -203,9 +210,9 @@ def token_attribution(model, tokenizer, prompts, window, method="gradient", step
         else:
             points, weights = (torch.tensor(x / 2, dtype=E.dtype, device=device) for x in np.polynomial.legendre.leggauss(steps))
             for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
-                embeds = (E - (1 - s)[:, None, None] * delta).requires_grad_()  # (R, T, D)
+                embeds = (E - (1 - s)[:, None, None] * delta).detach().requires_grad_()  # (R, T, D)
                 with torch.enable_grad():
-                    terms = weight @ log_prob(embeds)  # (N,)
+                    terms = (weight @ log_prob(embeds)).unbind()  # N scalars
                 for n in range(N):
                     gradient, = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
                     values[n] += (gradient * delta).sum((0, 2))

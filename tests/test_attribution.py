@@ -1,0 +1,335 @@
+"""Attribution and groups against one backward per target token, explicit forwards, and counting by hand."""
+import copy
+import decimal
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import prompt_of, random_prompts, random_windows, separate_logits, separate_nll, small_model
+from transformers.models.llama import modeling_llama
+
+import attribution
+from attribution import (AUXILIARY, attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
+                         segment_ablation, segment_gradient)
+from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
+
+SEGMENTS = {"auxiliary": AUXILIARY, "user": (USER,)}
+
+
+@pytest.fixture
+def exact(toy, monkeypatch):
+    """(model, prompts): toy's trained weights in float64 throughout: Llama's softmax and norms would go through fp32."""
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
+    return copy.deepcopy(toy[1]).double(), toy[3]
+
+
+def kinds_of(prompts, window):
+    """Segment of every token of a prompt and its title, by hand."""
+    kinds = [BOS] * len(prompts.bos) + [TEMPLATE] * len(prompts.task)
+    for item in window.items[window.start:window.stop]:
+        kinds += [USER] * len(prompts.titles[item] + prompts.separator)
+    return kinds + [TEMPLATE] * len(prompts.marker) + [TITLE] * len(prompts.titles[window.items[window.stop]])
+
+
+def log_probs(model, prompts, window, segment, s):
+    """(log p (L,) of the target's tokens with the segment's embeddings at s between baseline and their own, those embeddings, E - b)."""
+    labels = prompts.titles[window.items[window.stop]]
+    prompt = prompt_of(prompts, window)
+    weight = model.get_input_embeddings().weight.detach()
+    E = weight[torch.tensor(prompt + labels)]  # (T, D)
+    delta = E - weight.mean(0)
+    delta[[kind not in segment for kind in kinds_of(prompts, window)]] = 0
+    embeds = (E - (1 - s) * delta).requires_grad_()
+    logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1:]
+    return logits.log_softmax(-1)[torch.arange(len(labels) + 1), torch.tensor(labels + [prompts.eos])], embeds, delta
+
+
+def by_backwards(model, prompts, windows, segment, s):
+    """d log p / ds of every target token, one backward each, on separate prompts: (N,) by window and place."""
+    found = []
+    for window in windows:
+        with torch.enable_grad():
+            out, embeds, delta = log_probs(model, prompts, window, segment, s)
+            found += [(torch.autograd.grad(x, embeds, retain_graph=True)[0] * delta).sum() for x in out]
+    return torch.stack(found)
+
+
+def explicit_ablation(model, prompts, windows, segment):
+    return torch.cat([(log_probs(model, prompts, w, segment, 1.0)[0] - log_probs(model, prompts, w, segment, 0.0)[0]).detach() for w in windows])
+
+
+def in_order(batch, values):
+    order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))
+    return values[order]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_forward_mode_equals_a_backward_per_target_token(toy, exact, monkeypatch, name, pack):
+    """At each of three points of the path."""
+    model, prompts = exact
+    windows, points = random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6], []
+
+    def record(*args):
+        points.append(log_prob_derivative(*args))
+        return points[-1]
+    monkeypatch.setattr(attribution, "log_prob_derivative", record)
+    batch = collate(build_trees(prompts, windows, pack))
+    with measuring(model):
+        whole = segment_gradient(model, batch, SEGMENTS[name], 3)
+        assert len(points) == 3
+        for j, point in enumerate(points):
+            expected = by_backwards(model, prompts, windows, SEGMENTS[name], (2 * j + 1) / 6)
+            assert expected.abs().max() > 0.1
+            assert ((in_order(batch, point) - expected).abs() / expected.abs()).max() < 1e-6
+    assert torch.allclose(whole, sum(points) / 3)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_the_gradient_tends_to_the_ablation(toy, exact, name):
+    """The midpoint rule's error falls with the square of the step."""
+    model, prompts = exact
+    batch = collate(build_trees(prompts, toy[0].train[:6]))
+    with measuring(model):
+        ablation = segment_ablation(model, batch, SEGMENTS[name])
+        error = {m: float((segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm() / ablation.norm()) for m in (2, 32, 128)}
+    assert error[32] < error[2] / 4 and error[128] < min(1e-3, error[32] / 8)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_ablation_equals_explicit_forwards(toy, exact, name, pack):
+    model, prompts = exact
+    windows = toy[0].train[:6]
+    batch = collate(build_trees(prompts, windows, pack))
+    with measuring(model):
+        expected = explicit_ablation(model, prompts, windows, SEGMENTS[name])
+        assert (in_order(batch, segment_ablation(model, batch, SEGMENTS[name])) - expected).abs().max() < 1e-9
+        if name == "auxiliary" and prompts.bos:  # BOS stays: with it at the baseline, too, the figures are others
+            others = explicit_ablation(model, prompts, windows, (*AUXILIARY, BOS))
+            assert (others - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind, bos", [("gpt2", True), ("gpt2", False), ("llama", False)])
+def test_other_kinds_of_models(kind, bos):
+    model, prompts, windows = small_model(kind), random_prompts(2, bos=bos), random_windows(12, 3)
+    batch = collate(build_trees(prompts, windows))
+    with measuring(model):
+        for segment in SEGMENTS.values():
+            expected = by_backwards(model, prompts, windows, segment, 0.5)
+            assert (in_order(batch, segment_gradient(model, batch, segment, 1)) - expected).abs().max() < 1e-4 * expected.abs().max()
+            expected = explicit_ablation(model, prompts, windows, segment)
+            assert (in_order(batch, segment_ablation(model, batch, segment)) - expected).abs().max() < 1e-4
+
+
+def test_the_default_is_near_the_ablation(toy):
+    """Two points on the path order the tokens as the ablation does."""
+    dataset, model, _, prompts = toy
+    trees = build_trees(prompts, dataset.test[:40])
+    r = [ratio(*attributions(model, trees, method)[:2]) for method in ("gradient", "ablation")]
+    assert np.corrcoef(*(x.argsort().argsort() for x in r))[0, 1] > 0.8
+
+
+@pytest.mark.parametrize("method", ["gradient", "ablation"])
+def test_batched_equals_single(toy, method):
+    """Rows of different lengths, at whatever place in the batch."""
+    dataset, model, _, prompts = toy
+    trees = build_trees(prompts, random_windows(len(dataset.titles), 5, users=5))
+    aux, user, item, step, window = attributions(model, trees, method)
+    together = {key: value for *key, value in zip(window, step, zip(aux, user)) for key in [tuple(key)]}
+    assert len(together) == len(aux) == sum(len(tree.label) for tree in trees)
+    for tree in trees:
+        aux, user, item, step, window = attributions(model, [tree], method)
+        for n, key in enumerate(zip(window, step)):
+            assert together[key] == pytest.approx((aux[n], user[n]), abs=2e-4, rel=1e-4)
+
+
+def test_the_model_is_left_as_it_was(toy):
+    dataset, model, _, prompts = toy
+    before, attention = {name: p.clone() for name, p in model.named_parameters()}, model.config._attn_implementation
+    model.train()
+    attributions(model, build_trees(prompts, dataset.train[:3]))
+    assert model.training and model.config._attn_implementation == attention
+    model.eval()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------------ saturated tokens
+
+def by_decimals(logits, tangent, label):
+    """dz_label - sum_v p_v dz_v in 80 digits."""
+    with decimal.localcontext(decimal.Context(prec=80)):
+        z, dz = ([decimal.Decimal(float(x)) for x in row] for row in (logits, tangent))
+        weights = [x.exp() for x in z]
+        return float(dz[label] - sum(w * d for w, d in zip(weights, dz)) / sum(weights))
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 15.0, 30.0, 60.0])
+def test_saturated_tokens_keep_their_digits(lead):
+    """The label leads by so many nats; near p = 1 the textbook form in fp32 is rounding noise, which the test shows."""
+    torch.manual_seed(0)
+    logits, tangent, label = torch.randn(20, 50), torch.randn(20, 50) * 3, torch.arange(20)
+    logits[torch.arange(20), label] = logits.max(1).values + lead
+    exact = torch.tensor([by_decimals(*row) for row in zip(logits, tangent, label)], dtype=torch.float64)
+    ours = log_prob_derivative(logits, tangent, label)
+    assert ours.dtype == torch.float32
+    assert ((ours.double() - exact).abs() / exact.abs()).max() < 1e-4
+    if lead >= 15:
+        textbook = tangent[torch.arange(20), label] - (logits.softmax(-1) * tangent).sum(-1)
+        assert ((textbook.double() - exact).abs() / exact.abs()).max() > 1e-2
+
+
+def test_saturated_tokens_against_the_direct_form_in_float64():
+    torch.manual_seed(1)
+    logits, tangent, label = torch.randn(30, 50) * 2, torch.randn(30, 50), torch.randint(0, 50, (30,))
+    logits[torch.arange(30), label] += 10
+    z, dz = logits.double(), tangent.double()
+    direct = dz[torch.arange(30), label] - (z.softmax(-1) * dz).sum(-1)
+    assert torch.allclose(log_prob_derivative(logits, tangent, label).double(), direct, rtol=1e-4, atol=0)
+
+
+def test_ratio():
+    aux, user = np.array([0.0, 1.0, -3.0, 0.0, 2.0]), np.array([0.0, 1.0, 1.0, -2.0, 0.0])
+    with np.errstate(all="raise"):
+        assert ratio(aux, user).tolist() == [1.0, 0.5, 0.75, 0.0, 1.0]  # 0/0: certain without the user
+
+
+# ------------------------------------------------------------------------------------------------ relevance
+
+def test_probability_is_that_of_the_prompt_without_history(toy):
+    dataset, model, _, prompts = toy
+    windows = dataset.train[:30]
+    r = relevance(model, prompts, windows, "probability")
+    targets = {w.items[w.stop] for w in windows}
+    for item in range(len(dataset.titles)):
+        if item not in targets:
+            assert np.isnan(r[item]).all()
+            continue
+        with torch.no_grad():  # BOS, task, marker, title: no history, positions closed up
+            p = (-separate_nll(model, prompts, Window(0, (item,), 0, 0))).exp()
+        assert r[item, :len(p)] == pytest.approx(p.numpy(), abs=1e-5) and np.isnan(r[item, len(p):]).all()
+
+
+@pytest.mark.parametrize("method", ["gradient", "ablation"])
+def test_relevance_is_the_mean_over_windows_of_a_target(method):
+    """A catalogue so small that each title is a target twice: every window is in the sample."""
+    model, prompts = small_model(), random_prompts(2, 6)
+    windows = [Window(user, items, 0, stop) for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)]) for stop in (1, 2, 3)]
+    r = relevance(model, prompts, windows, method)
+    expected = {}
+    with measuring(model):
+        for window in windows:
+            if method == "ablation":
+                A = [explicit_ablation(model, prompts, [window], segment) for segment in SEGMENTS.values()]
+            else:
+                A = [sum(by_backwards(model, prompts, [window], segment, s) for s in (0.25, 0.75)) / 2 for segment in SEGMENTS.values()]
+            for j, (aux, user) in enumerate(zip(*A)):
+                expected.setdefault((window.items[window.stop], j), []).append(float(abs(aux) / (abs(aux) + abs(user))))
+    assert attribution.STEPS == 2 and attribution.WINDOWS_PER_TITLE == 2
+    for (item, j), values in expected.items():
+        assert r[item, j] == pytest.approx(sum(values) / len(values), abs=1e-3)
+    assert (~np.isnan(r)).sum() == len(expected)
+
+
+def test_the_sample_takes_each_target_so_often(toy):
+    windows = toy[0].train
+    often = np.bincount([w.items[w.stop] for w in windows])
+    for per_title in (1, 3):
+        sample = sample_windows(windows, per_title, 0)
+        assert (np.bincount([w.items[w.stop] for w in sample]) == np.minimum(often, per_title)).all()
+        assert sample == sample_windows(windows, per_title, 0) != sample_windows(windows, per_title, 1)
+        place = {(w.user, w.stop): i for i, w in enumerate(windows)}
+        assert np.all(np.diff([place[w.user, w.stop] for w in sample]) > 0)  # in order, so that they share trees
+
+
+def area_under_curve(values, positive):
+    """Chance that a positive's value lies above a negative's, ties half, by ranks."""
+    ranks = np.array([(values < x).sum() + ((values == x).sum() + 1) / 2 for x in values])
+    n = positive.sum()
+    return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n))
+
+
+def test_area_under_curve():
+    positive = np.array([True, False, True, False])
+    assert area_under_curve(np.array([4.0, 1.0, 3.0, 2.0]), positive) == 1
+    assert area_under_curve(np.array([1.0, 2.0, 2.0, 3.0]), positive) == pytest.approx(1 / 8)
+
+
+def test_default_relevance_finds_the_planted_bias(toy):
+    """Tokens that follow from prefix or frequency alone stand above those that only the user's tastes explain."""
+    dataset, model, tokenizer, prompts = toy
+    r = relevance(model, prompts, dataset.train)
+    values, bias = [], []
+    for item, words in enumerate(dataset.planted["words"]):
+        tokens = [tokenizer.decode([token]) for token in prompts.titles[item]]
+        word = -1
+        for j, text in enumerate([*tokens, None]):  # a word's further tokens and EOS are bias
+            first = text is not None and (j == 0 or text.startswith(" "))
+            word += first
+            if not np.isnan(r[item, j]):
+                values.append(r[item, j])
+                bias.append(words[word] == "bias" if first else True)
+    values, bias = np.array(values), np.array(bias)
+    assert 50 < (~bias).sum() < len(bias) - 50
+    assert area_under_curve(values, bias) >= 0.9
+
+
+# ------------------------------------------------------------------------------------------------ groups
+
+def targets(times):
+    """Windows in which item i is the target times[i] times."""
+    return [Window(i, (item,), 0, 0) for item, n in enumerate(times) for i in range(n)]
+
+
+def test_groups_are_equal_shares_of_the_training_tokens():
+    """A title that is a target often weighs so much: counted token by token."""
+    random = np.random.default_rng(0)
+    r, times = random.random((60, 5)), random.integers(1, 9, 60)
+    r[random.random(r.shape) < 0.3] = np.nan
+    for k in (1, 2, 4, 7):
+        group, cuts, shares = cut_groups(r, targets(times), k)
+        assert (group[np.isnan(r)] == -1).all() and set(group[~np.isnan(r)]) == set(range(k))
+        tokens = [(r[i, j], group[i, j]) for i in range(60) for j in range(5) if group[i, j] >= 0 for _ in range(times[i])]
+        assert [g for _, g in sorted(tokens)] == sorted(g for _, g in tokens)  # group 0 the least relevant
+        for g in range(k):
+            assert shares[g] == pytest.approx(sum(h == g for _, h in tokens) / len(tokens))
+            assert abs(shares[g] * len(tokens) - len(tokens) / k) <= times.max()
+            assert cuts[g] == min(x for x, h in tokens if h == g)
+
+
+def test_equal_relevance_equal_group():
+    r = np.random.default_rng(1).integers(0, 9, (40, 6)) / 8
+    group, cuts, shares = cut_groups(r, targets([1] * 40), 4)
+    for value in np.unique(r):
+        assert len(set(group[r == value])) == 1
+    assert sum(shares) == pytest.approx(1) and cuts == sorted(cuts) and max(shares) - min(shares) < 0.2
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_large_tie_takes_one_group_and_leaves_the_others(share, value):
+    """Many tokens are certain without the user (r = 1): they fill a group, and the rest is cut evenly all the same."""
+    random = np.random.default_rng(2)
+    r = random.random((100, 10))
+    r[:int(100 * share)] = value
+    k = 4
+    group, _, shares = cut_groups(r, targets([1] * 100), k)
+    tie = next(iter(set(group[r == value])))
+    assert set(group.ravel()) == set(range(k)) and len(set(group[r == value])) == 1
+    others = [s for g, s in enumerate(shares) if g != tie]
+    assert shares[tie] >= share
+    if value != 0.5:  # at an end all the others are on one side
+        assert max(others) - min(others) < 0.01
+
+
+def test_an_empty_group_is_an_error():
+    r = np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.5]])
+    assert len(cut_groups(r, targets([2, 1, 1]), 3)[2]) == 3
+    with pytest.raises(InputError, match="--groups 4"):
+        cut_groups(r, targets([2, 1, 1]), 4)
+    with pytest.raises(InputError, match="--groups 2"):
+        cut_groups(np.ones((3, 4)), targets([1, 1, 1]), 2)

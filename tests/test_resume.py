@@ -1,0 +1,231 @@
+"""Runs that are killed or interrupted go on and end like one that was left alone. Real processes, real signals."""
+import json
+import os
+import random
+import shlex
+import signal
+import time
+
+import pytest
+import torch
+from conftest import command, contents, start
+
+import gdrt
+
+LOSSES = ["--loss", "sft", "gdrt", "group-dro"]
+
+
+def finish(argv, log, *before):
+    """Run gdrt.py to its end in a process -> its exit code, minus the signal that ended it."""
+    process = start(command, argv, log, *before)
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """(flags, folder of a run that was left alone, seconds it took)."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags, began = [*small, *LOSSES], time.perf_counter()
+    assert finish([*flags, "--out", str(folder), "--name", "run"], folder / "log") == 0, (folder / "log").read_text()
+    return flags, folder / "run", time.perf_counter() - began
+
+
+def assert_same(folder, whole):
+    """Weights, optimizer, q, losses, rankings, metrics, groups: every file of the two runs, but for times."""
+    found, expected = contents(folder), contents(whole)
+    assert list(found) == list(expected)
+    assert [path for path in expected if found[path] != expected[path]] == []
+
+
+def test_the_run_holds_what_the_comparison_is_about(whole):
+    _, folder, _ = whole
+    files = contents(folder)
+    for loss in "sft", "gdrt", "group-dro":
+        for name in "checkpoint.pt", "metrics.jsonl", "metrics.json", "predictions.jsonl", "model/model.safetensors":
+            assert files[f"{loss}/{name}"]
+    assert files["gdrt/checkpoint.pt"]["rng"] != files["warmup/checkpoint.pt"]["rng"], "dropout draws: resuming must restore the generator"
+    warm, rest = (len(files[f"{stage}/metrics.jsonl"]) for stage in ("warmup", "gdrt"))
+    assert [line["step"] for line in files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]] == list(range(warm + rest))
+    assert warm > 3 and rest > 3, "long enough to have checkpoints inside"
+
+
+# ------------------------------------------------------------------------------------------------ SIGKILL
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in(module, name, number, match=""):
+    """SIGKILL at the `number`th call of module.name, from 1, among those with `match` in an argument."""
+    original, calls = getattr(module, name), []
+
+    def deadly(*args, **more):
+        calls.extend([1] if match in " ".join(map(str, args)) else [])
+        if len(calls) == number:
+            if name == "save":  # half a checkpoint
+                args[1].write(b"PK\3\4 half"), args[1].flush()
+            die()
+        return original(*args, **more)
+    setattr(module, name, deadly)
+
+
+MOMENTS = {
+    "before config.json": (gdrt, "write_atomic", 1, "config.json"),
+    "in the first update": (gdrt, "update", 1),
+    "in the write of a checkpoint": (torch, "save", 2),
+    "before the rename of a checkpoint": (os, "replace", 2, "checkpoint.pt"),
+    "between two checkpoints": (gdrt, "update", 2),
+    "in the relevance": (gdrt, "relevance", 1),
+    "in the first evaluation": (gdrt, "evaluate_model", 2),
+    "in the write of a model": (os, "replace", 1, "model"),
+    "after the rename of a model": (gdrt, "evaluate_model", 1),
+    "in the audit after training": (gdrt, "audit", 1),
+    "in the last loss": (gdrt, "group_dro_step", 9),
+    "in the last line": (gdrt, "result_table", 1),
+}
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
+    """One run, killed and resumed again and again: each process goes on where the one before was killed."""
+    flags, folder, _ = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    for moment, where in MOMENTS.items():
+        resume = ["--resume"] if (tmp_path / "run" / "config.json").exists() else []
+        assert finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL, f"{moment}: {(tmp_path / 'log').read_text()}"
+    assert finish([*flags, "--resume"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert_same(tmp_path / "run", folder)
+
+
+def kill_at_random(whole, tmp_path, seed):
+    """Kill after a seeded share of the time a whole run takes, go on, compare."""
+    flags, folder, seconds = whole
+    delay = random.Random(seed).uniform(0, seconds)
+    for attempt in range(9):  # a machine that is suddenly faster ends before the blow
+        argv = [*flags, "--out", str(tmp_path), "--name", f"run{attempt}"]
+        process = start(command, argv, tmp_path / "log")
+        time.sleep(delay / 2**attempt)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            break
+    else:
+        pytest.fail("never killed in time")
+    resume = ["--resume"] if (tmp_path / f"run{attempt}" / "config.json").exists() else []
+    assert finish([*argv, *resume], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert_same(tmp_path / f"run{attempt}", folder)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_at_a_random_moment_ends_alike(whole, tmp_path, seed):
+    kill_at_random(whole, tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
+    kill_at_random(whole, tmp_path, seed)
+
+
+# ------------------------------------------------------------------------------------------------ Ctrl-C
+
+def press(name, number):
+    """Ctrl-C at the `number`th call of gdrt.name, from 1."""
+    original, calls = getattr(gdrt, name), []
+
+    def pressed(*args, **more):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **more)
+    setattr(gdrt, name, pressed)
+
+
+@pytest.mark.parametrize("name, number", [("update", 2), ("audit", 2)])
+def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name, number):
+    flags, folder, _ = whole
+    argv, log = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"], tmp_path / "log"
+    assert finish(argv, log, press, name, number) == 130
+    words = log.read_text().splitlines()[-1]
+    assert words.startswith("interrupted; go on with: python gdrt.py --dataset") and "Traceback" not in log.read_text()
+    if name == "update":  # --save-every is 3: this checkpoint is Ctrl-C's
+        assert torch.load(tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert finish(shlex.split(words.split("gdrt.py ")[1]), log) == 0, log.read_text()
+    assert_same(tmp_path / "a folder" / "run", folder)
+
+
+# ------------------------------------------------------------------------------------------------ what --resume refuses
+
+def refused(argv, capsys):
+    """The sentence with which gdrt.py ends, and nothing else, exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        gdrt.main(argv)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+CHANGED = {"split": "time", "history": "5", "min_rating": "4", "windows": "50", "device": "auto", "precision": "bf16", "loss": "sft",
+           "relevance": "ablation", "groups": "3", "tau": "2", "prior": "share", "eta": "0.1", "warmup": "0.4", "train_softmax": "trie",
+           "temperature": "2", "epochs": "3", "batch": "8", "accumulate": "2", "lr": "0.01", "no_pack": None, "seed": "1",
+           "rank_softmax": "full", "keep_seen": None, "no_test": None, "model": "tiny", "dataset": "toy"}
+
+
+def test_a_changed_argument_is_refused_by_its_name(whole, capsys):
+    flags, folder, _ = whole
+    argv, names = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"], vars(gdrt.parser().parse_args([]))
+    before = contents(folder)
+    assert set(CHANGED) == set(names) - set(gdrt.NOT_THE_RUN), "an argument that this test does not know"
+    for name, value in CHANGED.items():
+        option = "--" + name.replace("_", "-")
+        assert f"--resume: {option} is " in refused([*argv, option, *([value] if value else [])], capsys)
+    assert contents(folder) == before
+
+
+def test_changed_data_is_refused(whole, tmp_path, capsys):
+    flags, folder, _ = whole
+    inter = next(iter(folder.parent.parent.glob("small*/films/small.inter")))
+    text = inter.read_text()
+    try:
+        inter.write_text(text + "0\t13\t5\t999999\n")
+        error = refused([*flags, "--out", str(folder.parent), "--name", "run", "--resume"], capsys)
+    finally:
+        inter.write_text(text)
+    assert "the data of --dataset" in error and "has changed" in error
+
+
+def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, capsys):
+    flags, folder, _ = whole
+    assert "--resume: there is no run in" in refused([*flags, "--out", str(tmp_path), "--name", "run", "--resume"], capsys)
+    assert "holds a run: add --resume" in refused([*flags, "--out", str(folder.parent), "--name", "run"], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_a_finished_run_elsewhere_changes_nothing(whole, tmp_path, capsys):
+    flags, folder, _ = whole
+    before = contents(folder)
+    folder.rename(tmp_path / "moved")
+    try:
+        gdrt.main([*flags, "--out", str(tmp_path), "--name", "moved", "--resume", "--save-every", "7"])
+        assert contents(tmp_path / "moved") == before
+    finally:
+        (tmp_path / "moved").rename(folder)
+
+
+# ------------------------------------------------------------------------------------------------ one seed, one result
+
+def test_one_seed_gives_one_result_and_another_seed_another(whole, tmp_path):
+    flags, folder, _ = whole
+    for name, seed in ("same", "0"), ("other", "1"):
+        assert finish([*flags, "--out", str(tmp_path), "--name", name, "--seed", seed], tmp_path / "log") == 0
+    assert_same(tmp_path / "same", folder)
+    other, expected = contents(tmp_path / "other"), contents(folder)
+    for path in "groups.json", "gdrt/metrics.jsonl", "gdrt/model/model.safetensors", "gdrt/predictions.jsonl":
+        assert other[path] != expected[path], f"{path} does not depend on the seed"
+
+
+def test_config_records_what_a_result_depends_on(whole):
+    config = json.loads((whole[1] / "config.json").read_text())
+    assert config["machine"]["threads"] == 1  # `command` sets it
+    assert config["versions"]["torch"] == torch.__version__ and config["arguments"]["seed"] == 0 and len(config["data"]) == 64

@@ -1,0 +1,216 @@
+"""Exact search against scoring every title by itself, and against beam search that is wide enough to be exact."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import prompt_of, random_prompts, separate_logits, small_model
+from transformers import DynamicCache
+
+from data import InputError, Window, build_trie, load_dataset, make_prompts, positions
+from evaluate import rank
+
+GAP = 1e-4  # nats; titles closer than this may stand in either order
+
+
+def legal_tokens(prompts):
+    """{prefix: tokens that some title, with EOS, has after it}."""
+    legal = {}
+    for title in prompts.titles:
+        tokens = [*title, prompts.eos]
+        for j, token in enumerate(tokens):
+            legal.setdefault(tuple(tokens[:j]), set()).add(token)
+    return {prefix: sorted(tokens) for prefix, tokens in legal.items()}
+
+
+def title_scores(logits, title, prompts, legal):
+    """Logits (L, V) along one title -> {softmax: sum of its tokens' log-probabilities, EOS included}."""
+    tokens, total = [*title, prompts.eos], {"full": 0.0, "trie": 0.0}
+    for j, token in enumerate(tokens):
+        z = logits[j].double()
+        total["full"] += float(z[token] - z.logsumexp(0))
+        total["trie"] += float(z[token] - z[legal[tuple(tokens[:j])]].logsumexp(0))
+    return total
+
+
+@torch.no_grad()
+def score_all(model, prompts, windows):
+    """Every title for every window, one prompt and one forward pass each -> {softmax: (windows, titles)}."""
+    legal = legal_tokens(prompts)
+    found = [[title_scores(separate_logits(model, prompts, window, title=title), title, prompts, legal) for title in prompts.titles]
+             for window in windows]
+    return {softmax: np.array([[scores[softmax] for scores in row] for row in found]) for softmax in ("full", "trie")}
+
+
+def check(ranking, truth, windows, k, keep_seen):
+    """Each list holds the k best unseen titles with their scores, up to score gaps under GAP."""
+    for items, scores, true, window in zip(ranking.items, ranking.scores, truth, windows):
+        true = true.copy()
+        if not keep_seen:
+            true[list(window.items[:window.stop])] = -np.inf
+        n = min(k, int((true > -np.inf).sum()))
+        assert (items[n:] == -1).all() and (scores[n:] == -np.inf).all() and len(set(items[:n])) == n
+        assert (items[:n] >= 0).all() and scores[:n] == pytest.approx(np.sort(true)[::-1][:n], abs=GAP)
+        assert true[items[:n]] == pytest.approx(scores[:n], abs=GAP)
+
+
+@pytest.fixture(scope="module")
+def scored(toy):
+    """(windows, scores of every title): windows of toy, most of them with histories cut short, to save time."""
+    dataset, model, _, prompts = toy
+    windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])] + [dataset.test[6], dataset.valid[5]]
+    return windows, score_all(model, prompts, windows)
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+@pytest.mark.parametrize("width, rows, keep_seen", [(1, 7, False), (8, 1, True), (8, 7, False), (64, 7, True), (64, 1, False), (1, 1, True)])
+def test_top_ten_equals_scoring_every_title(toy, scored, softmax, width, rows, keep_seen):
+    _, model, _, prompts = toy
+    windows, truth = scored
+    ranking = rank(model, prompts, windows, 10, softmax, keep_seen, width, rows)
+    check(ranking, truth[softmax], windows, 10, keep_seen)
+    if width == 1:
+        assert (ranking.forwarded < 140).all()  # under half of the prefixes
+
+
+def test_the_two_normalisations_differ(scored):
+    _, truth = scored
+    assert np.abs(truth["full"] - truth["trie"]).max() > 0.01 and (truth["full"] <= truth["trie"] + 1e-9).all()
+
+
+CATALOGUES = {  # (titles, lengths, letters): many shared prefixes, runs of one continuation, titles that begin other titles
+    "bushy": (30, (1, 5), 3), "long runs": (12, (4, 12), 4), "one letter": (9, (1, 10), 1), "one item": (1, (3, 4), 5), "two": (2, (1, 4), 2)}
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+@pytest.mark.parametrize("name", CATALOGUES)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_odd_catalogues(name, kind, softmax):
+    n, lengths, letters = CATALOGUES[name]
+    prompts, model = random_prompts(4, n, lengths=lengths, letters=letters, bos=kind == "llama"), small_model(kind, scale=0.5)
+    random = np.random.default_rng(0)
+    windows = []
+    for user in range(3):
+        items = tuple(random.permutation(n)[:1 + user * n // 6].tolist())
+        windows.append(Window(user, items + (0,), 0, len(items)))
+    truth = score_all(model, prompts, windows)[softmax]
+    for k, width, keep_seen in ((1, 2, True), (5, 1, False), (n + 3, 8, True), (n + 3, 3, False)):
+        check(rank(model, prompts, windows, k, softmax, keep_seen, width, 2), truth, windows, k, keep_seen)
+
+
+def test_a_title_that_begins_another():
+    prompts, model = random_prompts(0, 6), small_model()
+    titles = [[5, 6], [5], [5, 6, 7], [5, 6, 7, 8, 9], [6], [6, 5]]
+    prompts = prompts._replace(titles=titles, trie=build_trie([title + [1] for title in titles]))
+    windows = [Window(0, (4, 0), 0, 1), Window(1, (0, 3, 2, 1), 1, 3)]
+    truth = score_all(model, prompts, windows)
+    for softmax in ("trie", "full"):
+        for width in (1, 4):
+            check(rank(model, prompts, windows, 4, softmax, True, width), truth[softmax], windows, 4, True)
+
+
+def test_scores_over_legal_tokens_are_a_distribution():
+    prompts, model = random_prompts(5, 20, letters=4), small_model()
+    scores = rank(model, prompts, [Window(0, (1, 2, 3), 0, 2)], 20, "trie", True).scores
+    assert np.exp(scores).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_all_titles_seen_gives_an_empty_list():
+    prompts, model = random_prompts(6, 3), small_model()
+    ranking = rank(model, prompts, [Window(0, (0, 1, 2, 0), 0, 3), Window(1, (0, 1), 0, 1)], 2)
+    assert (ranking.items[0] == -1).all() and (ranking.scores[0] == -np.inf).all() and set(ranking.items[1]) == {1, 2}
+
+
+def test_seen_can_be_given():
+    prompts, model = random_prompts(6, 8), small_model()
+    window = Window(0, (0, 1, 2), 0, 2)
+    assert set(rank(model, prompts, [window], 8).items[0]) == {-1, 2, 3, 4, 5, 6, 7}
+    assert set(rank(model, prompts, [window], 8, seen=[(5, 6, 7)]).items[0]) == {-1, 0, 1, 2, 3, 4}
+
+
+def test_training_mode_makes_no_difference():
+    prompts, model = random_prompts(6, 8), small_model(dropout=0.5)
+    window = Window(0, (0, 1, 2), 0, 2)
+    before = rank(model, prompts, [window], 8).scores
+    assert np.array_equal(rank(model.train(), prompts, [window], 8).scores, before)
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+def test_scores_that_are_not_numbers_are_an_error(softmax):
+    prompts, model = random_prompts(7, 8), small_model()
+    windows = [Window(0, (0, 1, 2), 0, 2), Window(1, (3, 4, 5), 0, 2)]
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[prompts.titles[4][0]] = float("nan")  # one user's history alone
+    with pytest.raises(InputError, match="NaN"):
+        rank(broken, prompts, windows, 3, softmax)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="NaN"):
+        rank(model, prompts, windows, 3, softmax)
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
+    """generate() with a beam for every prefix. renormalize_logits takes its softmax after the legal tokens are chosen."""
+    n = 14
+    prompts, model = random_prompts(8, n, letters=6, lengths=(2, 5)), small_model(kind, scale=0.5)
+    legal = legal_tokens(prompts)
+    for window in (Window(0, (3, 1, 4, 5), 0, 3), Window(1, (2, 7, 0), 0, 2)):
+        prompt = torch.tensor([prompt_of(prompts, window)])
+        start = prompt.shape[1]
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_beams=4 * n, num_return_sequences=n, do_sample=False, length_penalty=0.0,
+            max_new_tokens=6, early_stopping="never", renormalize_logits=softmax == "trie", eos_token_id=1, pad_token_id=1,
+            return_dict_in_generate=True, output_scores=True,
+            prefix_allowed_tokens_fn=lambda _, ids: legal.get(tuple(ids[start:].tolist()), [1]))
+        theirs = {}
+        for ids, score in zip(out.sequences[:, start:].tolist(), out.sequences_scores.tolist()):
+            title = ids[:ids.index(1)] if 1 in ids else ids
+            if title in prompts.titles:
+                theirs.setdefault(prompts.titles.index(title), score)
+        ours = rank(model, prompts, [window], n, softmax, True)
+        assert set(theirs) == set(range(n))
+        assert ours.scores[0] == pytest.approx(sorted(theirs.values(), reverse=True), abs=GAP)
+        assert [theirs[item] for item in ours.items[0]] == pytest.approx(ours.scores[0], abs=GAP)
+
+
+# ------------------------------------------------------------------------------------------------ real data
+
+@torch.no_grad()
+def score_all_cached(model, prompts, window, legal, rows=128):
+    """score_all for one window of a large catalogue: the prompt is read once, then copied for each title's own row."""
+    prompt, at, results = torch.tensor([prompt_of(prompts, window)]), 0, []
+    order = sorted(range(len(prompts.titles)), key=lambda i: len(prompts.titles[i]))
+    first = DynamicCache(config=model.config)
+    start = model(prompt, past_key_values=first, use_cache=True).logits[0, -1:]
+    while at < len(order):
+        some = [i for i in order[at:at + rows] if len(prompts.titles[i]) == len(prompts.titles[order[at]])]  # no padding
+        cache = copy.deepcopy(first)
+        cache.batch_repeat_interleave(len(some))
+        logits = model(torch.tensor([prompts.titles[i] for i in some]), past_key_values=cache, use_cache=True).logits
+        results += [(i, title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal)) for i, z in zip(some, logits)]
+        at += len(some)
+    return {softmax: np.array([scores[softmax] for _, scores in sorted(results)]) for softmax in ("full", "trie")}
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_top_ten_of_fifty_users_of_ml_100k():
+    import gdrt
+    from data import build_trees
+    dataset = load_dataset("ml-100k")
+    model, tokenizer = gdrt.start_model(gdrt.parser().parse_args([]), dataset, gdrt.Job())
+    prompts = make_prompts(dataset, tokenizer, positions(model))
+    windows = gdrt.draw_windows(dataset.train, 2000, 0)
+    trees = build_trees(prompts, windows)
+    updates = gdrt.plan(trees, 128, 1, 0)
+    gdrt.train(model, prompts, trees, updates, (0, len(updates)), torch.zeros(prompts.trie.path.shape, dtype=torch.long), gdrt.sft, 1, gdrt.Job())
+    chosen, legal = dataset.test[::19][:50], legal_tokens(prompts)
+    model.eval()
+    truth = [score_all_cached(model, prompts, window, legal) for window in chosen]
+    for softmax in ("trie", "full"):
+        ranking = rank(model, prompts, chosen, 10, softmax)
+        check(ranking, [scores[softmax] for scores in truth], chosen, 10, False)
+        assert ranking.forwarded.mean() < 600
