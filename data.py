@@ -831,23 +831,27 @@ def load_smollm2(cache=None):
     try:
         save_model(kept, model, tokenizer)
     except OSError as error:
-        say(f"smollm2-135m: {kept} cannot be written ({error.strerror}), going on without keeping it")
+        say(f"smollm2-135m: {kept} cannot be written ({error.strerror or error}), going on without keeping it")
     return model, tokenizer
 
 
 def save_model(folder, model, tokenizer, card=""):
-    """save_pretrained into a temporary neighbour, then one rename: `folder` is whole or absent."""
+    """save_pretrained into a temporary neighbour, then one rename: `folder` is whole or absent. Raises OSError."""
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    whole = folder.with_name(f".{folder.name}.{os.getpid()}")
     transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        whole = Path(temporary) / "model"
+    try:
+        whole.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         (whole / "README.md").write_text(card, encoding="utf-8")
         (whole / "sha256").write_text(folder_hash(whole))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(whole, folder)
+    except SafetensorError as error:  # what its writer makes of a full disk
+        raise OSError(str(error)) from None
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
 
 
 def folder_hash(folder):
@@ -860,7 +864,7 @@ def intact(folder):
     """Is this a model folder whose weights are those that save_model wrote?"""
     try:
         return (folder / "sha256").read_text() == folder_hash(folder)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -102,7 +103,8 @@ def trainer_examples(trees):
 
 def trainer(model, tokenizer, examples, batch, per_update, job, between=lambda: None):
     """transformers.Trainer on `examples` once -> seconds of each update. `between` runs after each and is not counted."""
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    transformers.logging.set_verbosity_error()
     seconds = []
 
     class Clock(TrainerCallback):
@@ -121,7 +123,9 @@ def trainer(model, tokenizer, examples, batch, per_update, job, between=lambda: 
             learning_rate=job.lr, weight_decay=gdrt.WEIGHT_DECAY, adam_beta1=gdrt.BETAS[0], adam_beta2=gdrt.BETAS[1], max_grad_norm=gdrt.CLIP,
             warmup_steps=10, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
         collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8, return_tensors="pt")  # as BIGRec and MSL train
-        Trainer(model, arguments, collator, examples, processing_class=tokenizer, callbacks=[Clock()]).train()
+        peer = Trainer(model, arguments, collator, examples, processing_class=tokenizer, callbacks=[Clock()])
+        peer.remove_callback(PrinterCallback)
+        peer.train()
     return seconds
 
 

@@ -243,7 +243,7 @@ def statements(results, lines):
     body = []
 
     def state(place, statement, triple, claimed, form="{:+.1f}%", scale=100):
-        found = "one seed" if np.isnan(triple[1]) else verdict(*triple, claimed)
+        found = "no interval" if np.isnan(triple[1]) else verdict(*triple, claimed)  # one seed, or SFT's NDCG is 0
         body.append([statement, place, span(triple, form, scale), found])
     for place, wanted in places_of(lines).items():
         rows = pick(lines, **wanted)
@@ -311,9 +311,9 @@ def sections(results, names=SECTIONS):
     tested = [line for line in lines if not line["arguments"].get("no_test")]
 
     def transfer():
-        return "\n\n".join(f"{name}, {what} test windows\n\n{table(results, pick(lines, dataset=name), warm)}"
+        return "\n\n".join(f"{name}, {what}\n\n{table(results, pick(lines, dataset=name), warm)}"
                            for name in list(places_of(lines))[len(PLACES):]
-                           for what, warm in (("all", False), ("only those whose target occurs in training,", True)))
+                           for what, warm in (("all test windows", False), ("test windows whose target occurs in training", True)))
 
     def place(name):
         return table(results, {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row})  # doses apart

@@ -145,7 +145,7 @@ def small(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                  initializer_range=0.1, attention_dropout=0.1, bos_token_id=0, eos_token_id=1)).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    return ["--dataset", str(data), "--model", str(model), "--min-rating", "3", "--batch", "16", "--epochs", "2", "--save-every", "3",
+    return ["--dataset", str(data), "--model", str(model), "--min-rating", "3", "--batch", "8", "--epochs", "2", "--save-every", "2",
             "--precision", "fp32", "--device", "cpu", "--no-report"]
 
 
