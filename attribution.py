@@ -7,24 +7,24 @@ turns it into the groups of the objective, `token_attribution` opens one prompt 
     a        task, prefix         segments TEMPLATE and TITLE (auxiliary tokens)
     u        user interactions    segment USER
     A_S(t)   attribution          `segment_gradient`, `segment_ablation`  (N,)
-    r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), steadied, in [0, 1]
+    r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), in [0, 1]
 """
 import argparse
 import contextlib
 import html
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from tqdm.auto import tqdm
 
-from data import (TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, by_trunk, collate, load_run,
-                  logits_at, run_command, target_logits, write_atomic)
+from data import (TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, by_trunk, collate, legal_tokens,
+                  load_run, log_softmax_over, logits_at, run_command, target_logits, write_atomic)
 
 AUXILIARY = (TEMPLATE, TITLE)
 STEPS = 2  # points on the path: rank correlation with the ablation, see README
-CERTAIN = 0.3  # nats: what the user adds to a token counts against this much
 WINDOWS_PER_TITLE = 2  # what the step can afford at a fifth of a run; r differs more between tokens than between windows
 
 
@@ -52,43 +52,57 @@ def path_ends(model, batch, segment):
     return E, (E - embedding.weight.mean(0)) * inside[..., None]
 
 
-def log_prob_derivative(logits, tangent, label):
-    """d log p(label) for logits (N, V) moving along tangent (N, V): sum over v != label of p_v (dz_label - dz_v).
+def label_log_prob(logits, label, legal=None):
+    """log p of labels (N,) from logits (N, V): over the vocabulary, or over the tokens that data.legal_tokens lists."""
+    if legal is None:
+        return logits.log_softmax(-1).gather(-1, label[:, None])[:, 0]
+    owner, token, chosen = legal
+    return log_softmax_over(logits, owner, token)[chosen]
 
-    The textbook form dz_label - sum_v p_v dz_v cancels to rounding noise where p(label) is near 1; this one does not.
+
+def log_prob_derivative(logits, tangent, label, legal=None):
+    """d log p of labels (N,) for logits (N, V) moving along tangent (N, V): sum over v != y of p_v (dz_y - dz_v).
+
+    The textbook form dz_y - sum_v p_v dz_v cancels to rounding noise where p_y is near 1; this one does not.
     """
-    others = logits.softmax(-1).scatter(-1, label[:, None], 0.0)  # (N, V)
-    return (others * (tangent.gather(-1, label[:, None]) - tangent)).sum(-1)  # (N,)
+    own = tangent.gather(-1, label[:, None])  # (N, 1)
+    if legal is None:
+        others = logits.softmax(-1).scatter(-1, label[:, None], 0.0)  # (N, V)
+        return (others * (own - tangent)).sum(-1)
+    owner, token, chosen = legal
+    others = log_softmax_over(logits, owner, token).exp().index_fill(0, chosen, 0.0)  # (C,)
+    return torch.zeros_like(own[:, 0]).index_add(0, owner, others * (own[owner, 0] - tangent[owner, token]))
 
 
-def segment_gradient(model, batch, segment, steps=STEPS):
+def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
     """A_S of every target token, (N,) nats: the path integral of d log p / ds by the midpoint rule at `steps` points.
 
     The path moves the embeddings of S from the baseline (s = 0) to their values (s = 1), all else fixed. One forward-mode
-    pass gives d log p / ds of EVERY target token; reverse mode would need one backward per token.
+    pass gives d log p / ds of EVERY target token; reverse mode would need one backward per token. With a trie, p is over the
+    legal continuations.
     """
     E, delta = path_ends(model, batch, segment)
-    total = 0
+    legal, total = trie and legal_tokens(batch, trie), 0
     for j in range(steps):
         s = (j + 0.5) / steps
         with forward_ad.dual_level():
             dual = target_logits(model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta))
             logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
-        total = total + log_prob_derivative(logits, tangent, batch.label)
+        total = total + log_prob_derivative(logits, tangent, batch.label, legal)
     return total / steps
 
 
-def segment_ablation(model, batch, segment):
+def segment_ablation(model, batch, segment, trie=None):
     """A_S of every target token, (N,) nats: log p - log p with the embeddings of S at the baseline (Feature Ablation)."""
-    def log_prob(embeds):
-        return target_logits(model, batch, embeds).log_softmax(-1).gather(-1, batch.label[:, None])[:, 0]
     E, delta = path_ends(model, batch, segment)
-    return log_prob(E) - log_prob(E - delta)
+    legal = trie and legal_tokens(batch, trie)
+    own, without = (label_log_prob(target_logits(model, batch, embeds), batch.label, legal) for embeds in (E, E - delta))
+    return own - without
 
 
-def attributions(model, trees, method="gradient", steps=STEPS, device="cpu", note="attribution"):
+def attributions(model, trees, method="gradient", trie=None, steps=STEPS, device="cpu", note="attribution"):
     """(A_aux, A_user, item, step, window), each (N,) numpy, over all target tokens of `trees`; scores in fp32."""
-    measure = {"gradient": lambda *args: segment_gradient(*args, steps), "ablation": segment_ablation}[method]
+    measure = {"gradient": partial(segment_gradient, steps=steps, trie=trie), "ablation": partial(segment_ablation, trie=trie)}[method]
     parts = []
     with measuring(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
@@ -101,13 +115,9 @@ def attributions(model, trees, method="gradient", steps=STEPS, device="cpu", not
 # ------------------------------------------------------------------------------------------------ relevance and groups
 
 def ratio(aux, user):
-    """r = (|aux| + c) / (|aux| + |user| + c), elementwise, c = CERTAIN nats.
-
-    With c = 0 a token that is certain already, such as EOS, gets the quotient of two crumbs; with c it gets nearly 1, the
-    limit that 0/0 should have: certain without the user.
-    """
-    aux, user = np.abs(aux) + CERTAIN, np.abs(user)
-    return aux / (aux + user)
+    """r = |aux| / (|aux| + |user|), elementwise; 0/0 is 1: a token certain without the user."""
+    aux, user = np.abs(aux), np.abs(user)
+    return np.where(aux + user > 0, aux / np.where(aux + user > 0, aux + user, 1), 1.0)
 
 
 def sample_windows(windows, per_title, seed):
@@ -129,7 +139,9 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
     """Relevance of target tokens to their auxiliary tokens -> (items, L) in [0, 1], NaN where no window has the target.
 
     A property of (title, place in the title): the mean of r over a seeded sample of the training windows with that
-    target (our choice). method 'probability': p(y_t | a, y_<t) with the history empty, one prompt a title.
+    target (our choice). Attribution is of log p over LEGAL continuations (our choice): it asks what tells this title from
+    others, not what tells the model to write a title at all, which the task's words do and which drowns the user. A token
+    with one continuation has r = 1. method 'probability': p(y_t | a, y_<t) with the history empty, one prompt a title.
     """
     if method == "probability":
         targets = sorted({w.items[w.stop] for w in windows})
@@ -138,12 +150,12 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
         with measuring(model):
             for indices in by_length(trees):
                 batch = collate([trees[i] for i in indices], device)
-                p = target_logits(model, batch).softmax(-1).gather(-1, batch.label[:, None])[:, 0]
+                p = label_log_prob(target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)).exp()
                 parts.append([x.cpu().numpy() for x in (p.double(), batch.item, batch.step)])
         r, item, step = (np.concatenate(part) for part in zip(*parts))
     else:
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
-        aux, user, item, step, _ = attributions(model, trees, method, steps, device, note=f"relevance ({method})")
+        aux, user, item, step, _ = attributions(model, trees, method, prompts.trie, steps, device, note=f"relevance ({method})")
         r = ratio(aux, user)
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
     total, count = np.zeros(shape), np.zeros(shape)
@@ -162,11 +174,16 @@ def cut_groups(r, windows, n_groups):
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
     mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
-    middle = (np.cumsum(mass) - mass / 2) / mass.sum()  # where each value's tokens lie in the sorted order
+    if len(values) < n_groups:
+        raise InputError(f"--groups {n_groups}: there are {len(values)} different relevances; use fewer groups")
+    size, large = mass.sum() / n_groups, mass < 0
+    while (mass[~large] > size).any():  # a tie that is too large for a group counts as a full one: the rest is cut evenly
+        large = mass > size
+        size = mass[~large].sum() / (n_groups - large.sum())
+    weight = np.minimum(mass, size)
+    middle = (np.cumsum(weight) - weight / 2) / weight.sum()  # where each value's tokens lie in the sorted order
     place = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(place, weights=mass, minlength=n_groups) / mass.sum()
-    if (shares == 0).any():
-        raise InputError(f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups")
     group = np.full(r.shape, -1)
     group[known] = place[index]
     return group, [float(values[place == g][0]) for g in range(n_groups)], shares.tolist()
@@ -252,14 +269,25 @@ def span_sums(record):
 # ------------------------------------------------------------------------------------------------ tables and pages
 
 STYLE = """
-:root { color-scheme: light; } body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } .note { color: #555; max-width: 45rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; } th, td { padding: .25rem .7rem; text-align: right; }
-th { border-bottom: 2px solid #444; font-weight: 600; } td { border-bottom: 1px solid #ddd; } th:first-child, td:first-child { text-align: left; }
-.row { margin: .6rem 0 1.2rem; line-height: 2; } .row b { display: inline-block; min-width: 6rem; } .part { border: 1px solid #bbb; border-radius: .3rem;
-padding: .15rem .2rem; margin-right: .25rem; white-space: pre-wrap; box-decoration-break: clone; } .part small { color: #333; padding-left: .3rem; }
-svg { max-width: 100%; height: auto; } .scroll { overflow-x: auto; }
+:root { color-scheme: light; } * { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #23282e;
+  background: #fcfcfb; max-width: 68rem; margin: 3rem auto 5rem; padding: 0 1.5rem; }
+h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; font-weight: 650; margin: 0 0 .3rem; }
+section { margin-top: 2.6rem; padding-top: 1.4rem; border-top: 1px solid #e3e4e2; } p { margin: .3rem 0 .9rem; max-width: 46rem; }
+.note { color: #5b636d; font-size: .925rem; } .lead { font-size: 1.05rem; } nav a { color: #2f659f; margin-right: 1.1rem; text-decoration: none; }
+table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
+th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid #e8e9e7; } th { color: #5b636d; font-weight: 600; border-color: #b9bdc1; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; } tbody tr:hover { background: #f3f5f7; }
+details { margin: .4rem 0 1rem; } summary { color: #2f659f; cursor: pointer; font-size: .925rem; } .scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
+.lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 0 1.6rem; font-size: .89rem; padding: .9rem 0; border-top: 1px solid #e8e9e7; }
+.lists h3 { font-size: .89rem; margin: 0; color: #5b636d; font-weight: 600; } .lists ol { margin: .2rem 0; padding-left: 1.5rem; } mark { background: #cfe6d4; color: inherit; border-radius: .2rem; padding: 0 .25rem; }
+.row { padding: .7rem 0; border-top: 1px solid #e8e9e7; display: grid; grid-template-columns: 8.5rem 1fr; line-height: 1.95; font-size: .925rem; }
+.row b { font-weight: 650; white-space: pre-wrap; } .row small, .part small { color: #5b636d; font-size: .78rem; } .part { white-space: pre-wrap; padding: .1rem .25rem; margin-right: .3rem;
+  border: 1px solid #d5d8db; border-radius: .3rem; -webkit-box-decoration-break: clone; box-decoration-break: clone; } .part small { margin-left: .3rem; border-radius: .2rem; padding: 0 .2rem; color: #23282e; }
+.template, .bos { border-style: dashed; font-size: .84rem; color: #4a5159; } .scale { display: inline-block; width: 11rem; height: .7rem; border-radius: .2rem; margin: 0 .5rem; vertical-align: -.02rem; }
+@media (max-width: 40rem) { .row { grid-template-columns: 1fr; } body { margin-top: 1.5rem; } }
 """
+RAISES, LOWERS = (107, 174, 214), (253, 174, 107)  # blue and orange, told apart by all, and dark text stays readable on both
 
 
 def format_table(header, rows):
@@ -271,40 +299,70 @@ def format_table(header, rows):
 
 
 def html_page(title, *sections):
-    """A self-contained page: no script, nothing fetched. sections: HTML made by the functions here, or escaped by the caller."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n"
-            + "\n".join(sections) + "\n</body></html>\n")
+    """A self-contained page: no script, nothing fetched. sections: HTML made by the functions here, which escape all text."""
+    title = html.escape(str(title))
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n")
+
+
+def html_text(text, kind="note"):
+    return f'<p class="{kind}">{html.escape(text)}</p>'
+
+
+def html_section(heading, *parts):
+    name = html.escape(heading)
+    return f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>\n' + "\n".join(parts) + "\n</section>"
+
+
+def html_links(headings):
+    """Links to sections of the same page."""
+    names = [html.escape(heading) for heading in headings]
+    return "<nav>" + "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name in names) + "</nav>"
 
 
 def html_table(header, rows):
     def line(cells, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    return '<div class="scroll"><table>' + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table></div>"
+    return ('<div class="scroll"><table><thead>' + line(header, "th") + "</thead>\n<tbody>"
+            + "\n".join(line(row, "td") for row in rows) + "</tbody></table></div>")
+
+
+def html_details(summary, content, opened=False):
+    return f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def html_lists(columns, marked=()):
+    """columns: [(heading, texts)] side by side as numbered lists, texts in `marked` highlighted."""
+    def entry(text):
+        text, mark = html.escape(text), text in marked
+        return f"<li><mark>{text}</mark></li>" if mark else f"<li>{text}</li>"
+    return '<div class="lists">' + "".join(f"<div><h3>{html.escape(heading)}</h3><ol>{''.join(map(entry, texts))}</ol></div>"
+                                           for heading, texts in columns) + "</div>"
 
 
 def shade(value, largest):
     """Zero-centred colour: white at 0, blue for what raises the token's probability, orange for what lowers it."""
     strength = min(1.0, abs(value) / largest) if largest else 0.0
-    full = (61, 133, 198) if value > 0 else (230, 126, 34)
-    return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in full))
+    return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in (RAISES if value > 0 else LOWERS)))
 
 
 def html_heatmap(record):
     """A token_attribution record as HTML: a row per target token, its prompt shaded, spans boxed with their sums."""
-    values, rows = np.array(record["values"]), []
-    largest = np.abs(values).max()
-    sums = span_sums(record)
+    values, sums, rows = np.array(record["values"]), span_sums(record), []
+    largest = float(np.quantile(np.abs(values), 0.98))  # one marker token may outweigh all others: it may saturate
     for n, (target, log_prob) in enumerate(zip(record["targets"], record["log_prob"])):
         parts = []
         for i, s in enumerate(record["spans"]):
             tokens = "".join(f'<span style="background:{shade(values[n, t], largest)}" title="{values[n, t]:+.4f} nats">'
-                             f'{html.escape(record["tokens"][t]).strip(chr(10)) or "&#8629;"}</span>' for t in range(s["start"], s["end"]))
-            parts.append(f'<span class="part" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.3f} nats">{tokens}<small>{sums[i, n]:+.2f}</small></span>')
-        rows.append(f'<div class="row"><b>{html.escape(target)}</b> <span class="note">log p {log_prob:.2f}</span><br>{"".join(parts)}</div>')
+                             f'{html.escape(record["tokens"][t]).replace(chr(10), "&#8629;")}</span>' for t in range(s["start"], s["end"]))
+            parts.append(f'<span class="part {html.escape(s["kind"])}" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.4f} nats">{tokens}'
+                         f'<small style="background:{shade(sums[i, n], 2 * largest)}">{sums[i, n]:+.2f}</small></span>')
+        rows.append(f'<div class="row"><div><b>{html.escape(target)}</b><br><small>log p {log_prob:.2f}</small></div><div>{" ".join(parts)}</div></div>')
     gap = "" if record["gap"] is None else f", gap to completeness {record['gap']:.2%} at {record['steps']} points"
-    return (f'<p class="note">Attribution by {record["method"]}{gap}. Blue raises the probability of the row\'s token, orange lowers it; '
-            f"a box is a part of the prompt with its sum in nats; hover for figures.</p>" + "".join(rows))
+    colours = f"{shade(-1, 1)}, #fff, {shade(1, 1)}"
+    return (f'<p class="note">Attribution by {html.escape(record["method"])}{gap}: a row for each target token. A box is a part of the prompt with '
+            f"its sum in nats; hover for figures.</p><p class=\"note\">lowers its probability, {-largest:.2f}<span class=\"scale\" "
+            f'style="background:linear-gradient(90deg, {colours})"></span>{largest:+.2f} nats a token, raises it</p>' + "\n".join(rows))
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -730,17 +730,24 @@ def flat_ranges(count):
     return owner, torch.arange(len(owner), device=count.device) - (count.cumsum(0) - count)[owner]
 
 
-def legal_scores(logits, node, first, token):
-    """Log-softmax of logits (N, V) over the legal continuations of trie nodes (N,), token[first[m]:first[m + 1]] at node m.
+def legal_tokens(batch, trie):
+    """The legal continuations of a batch's N target tokens, flat -> (owner (C,), token (C,), chosen (N,)).
 
-    -> (owner, place, score), flat over all continuations: score[j] is that of token[place[j]] for logits[owner[j]].
+    Continuation j is token[j] for target owner[j]; chosen[n] is the j that is target n's own token.
     """
-    owner, place = flat_ranges(first[node + 1] - first[node])
-    place = first[node][owner] + place
-    score = logits[owner, token[place]].float()
-    peak = torch.full_like(logits[:, 0], -torch.inf, dtype=torch.float32).scatter_reduce(0, owner, score.detach(), "amax")
+    first, child, path = (torch.as_tensor(x, device=batch.label.device) for x in (trie.first, trie.token[trie.child], trie.path))
+    node = path[batch.item, batch.step]  # (N,)
+    owner, offset = flat_ranges(first[node + 1] - first[node])
+    token = child[first[node][owner] + offset]
+    return owner, token, (token == batch.label[owner]).nonzero()[:, 0]
+
+
+def log_softmax_over(logits, owner, token):
+    """log-softmax of logits (N, V) over each row's listed tokens alone: owner, token (C,), sorted by owner -> (C,)."""
+    score = logits[owner, token]
+    peak = torch.full_like(logits[:, 0], -torch.inf).scatter_reduce(0, owner, score.detach(), "amax")
     total = torch.zeros_like(peak).index_add(0, owner, (score - peak[owner]).exp())
-    return owner, place, score - (peak + total.log())[owner]
+    return score - (peak + total.log())[owner]
 
 
 def by_length(trees, nodes=2048):

@@ -28,19 +28,37 @@ def group_means(nll, group, n_groups):
     """Mean NLL of each group.
 
     Args:
-        nll: NLL of each target token in nats. Shape: (N,)
+        nll: NLL of each target token in nats, ignored tokens left out. Half precision is summed in fp32. Shape: (N,)
         group: group of each target token, in 0 .. n_groups - 1, int64. Shape: (N,)
         n_groups: K.
     Returns:
-        (group_loss, count): mean NLL by group, 0 where the group is absent, with gradient; tokens by group. Shapes: (K,), (K,)
+        (group_loss, count): mean NLL by group with gradient, 0 where absent; tokens by group. Shapes: (K,), (K,)
     """
-    if nll.numel() == 0 or nll.shape != group.shape:
-        raise ValueError(f"nll and group need one shape (N,) with N > 0, not {tuple(nll.shape)} and {tuple(group.shape)}")
+    if nll.dim() != 1 or nll.shape != group.shape or len(nll) == 0:
+        raise ValueError(f"nll and group need one shape (N,), N > 0, not {tuple(nll.shape)} and {tuple(group.shape)}")
+    if group.dtype != torch.int64:
+        raise ValueError(f"group must be int64, not {group.dtype}")
     if group.min() < 0 or group.max() >= n_groups:
         raise ValueError(f"group ids lie in 0 .. {n_groups - 1}, not in {int(group.min())} .. {int(group.max())}")
-    count = torch.zeros(n_groups, dtype=nll.dtype, device=nll.device).index_add(0, group, torch.ones_like(nll))
-    total = torch.zeros(n_groups, dtype=nll.dtype, device=nll.device).index_add(0, group, nll)
+    nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # a bf16 counter would stop at 256
+    count = nll.new_zeros(n_groups).index_add(0, group, torch.ones_like(nll))
+    total = nll.new_zeros(n_groups).index_add(0, group, nll)
     return total / count.clamp(min=1), count
+
+
+def group_prior(count, prior):
+    """The weights q is held to, 0 for absent groups and renormalised over the rest.
+
+    Args:
+        count: tokens by group, floating, not all 0. Shape: (K,)
+        prior: 'uniform' (one each) or 'share' (n_g / n).
+    Returns:
+        p; sums to 1. Shape: (K,)
+    """
+    if prior not in ("uniform", "share"):
+        raise ValueError(f"prior must be 'uniform' or 'share', not {prior!r}")
+    weight = count if prior == "share" else (count > 0).to(count.dtype)
+    return weight / weight.sum()
 
 
 def group_weights(group_loss, count, tau, prior="uniform"):
@@ -48,74 +66,77 @@ def group_weights(group_loss, count, tau, prior="uniform"):
 
     Args:
         group_loss: mean NLL by group. Shape: (K,)
-        count: tokens by group; a group with 0 takes no part, and the prior is renormalised over the rest. Shape: (K,)
+        count: tokens by group; a group with 0 takes no part. Shape: (K,)
         tau: temperature in nats, > 0. Small: all weight on the worst group; inf: q = prior.
-        prior: 'uniform' (1/K each) or 'share' (n_g / n). tau = inf with 'share' is the plain mean: SFT.
+        prior: 'uniform' or 'share', see group_prior.
     Returns:
         q, detached; sums to 1. Shape: (K,)
     """
     if not tau > 0:
         raise ValueError(f"tau must be positive, not {tau}")
-    if prior not in ("uniform", "share"):
-        raise ValueError(f"prior must be 'uniform' or 'share', not {prior!r}")
-    present = count > 0
-    weight = count if prior == "share" else present.to(group_loss.dtype)
-    log_prior = (weight / weight.sum()).log()  # -inf where absent
-    return torch.softmax(log_prior + group_loss.detach() / tau, dim=0)
+    L, p = group_loss.detach(), group_prior(count.to(group_loss.dtype), prior)
+    gap = torch.where(p > 0, L - L[p > 0].max(), 0)  # from the worst group: L / tau would round at small tau
+    return torch.softmax(p.log() + gap / tau, dim=0)  # q_g ~ prior_g exp(L_g / tau)
 
 
 def gdrt_loss(nll, group, n_groups, tau, prior="uniform"):
     """The GDRT objective: max_q sum_g q_g L_g - tau KL(q || prior) = tau log sum_g prior_g exp(L_g / tau).
 
-    L_g is a mean over the tokens of group g in the GLOBAL batch: with micro-batches or ranks, gather sums and counts first
-    (see `update`). The batch size is part of the method: log-mean-exp of noisy means is biased upward, more so at small tau.
-    The closed form is ours from the abstract and second-hand summaries of arXiv 2510.10978.
+    L_g is the mean over the tokens of group g in the GLOBAL batch. With micro-batches or ranks, sum NLL and count by
+    group over all of them, get q from group_weights, and weigh each token's NLL by q_g / n_g: the same gradient.
+    Batch size is part of the method: log-mean-exp of noisy means is biased upward, more so at small tau.
+    Reconstructed from the abstract and summaries of arXiv 2510.10978; the closed form's details are our choice.
 
     Args:
         nll: NLL of each target token in nats. Shape: (N,)
         group: group of each target token, int64. Shape: (N,)
-        n_groups, tau, prior: see group_means and group_weights.
+        n_groups, tau, prior: see group_means and group_weights; tau = inf with 'share' is the plain mean: SFT.
     Returns:
-        (loss, q, group_loss): scalar whose gradient is sum_i q_g(i) / n_g(i) d nll_i; weights, detached; mean NLL by
-        group, detached. Shapes: (), (K,), (K,)
+        (loss, q, group_loss): scalar with gradient sum_i q_g(i) / n_g(i) d nll_i; weights, detached; mean NLL by
+        group, detached, 0 where absent. Shapes: (), (K,), (K,)
     """
     group_loss, count = group_means(nll, group, n_groups)
     q = group_weights(group_loss, count, tau, prior)
-    present = count > 0
-    weight = count if prior == "share" else present.to(nll.dtype)
-    L, p = group_loss[present], (weight / weight.sum())[present]
+    L, p = group_loss[count > 0], group_prior(count, prior)[count > 0]
+    L_max = L.detach().max()
+    gap = (L - L_max) / tau
     if tau == float("inf"):
-        return (p * L).sum(), q, group_loss.detach()
-    peak = L.max().detach()
-    loss = peak + tau * torch.log1p((p * torch.expm1((L - peak) / tau)).sum())  # keeps its digits at large tau
+        loss = (p * L).sum()
+    elif gap.min() > -1:  # tau log sum_g p_g exp(L_g / tau); expm1 keeps its digits at large tau
+        loss = L_max + tau * torch.log1p((p * torch.expm1(gap)).sum())
+    else:  # the same; log-sum-exp keeps them where a rare group is far above the rest
+        loss = L_max + tau * torch.logsumexp(p.log() + gap, dim=0)
     return loss, q, group_loss.detach()
 
 
 def group_dro_step(log_q, group_loss, count, eta):
-    """One exponentiated-gradient step of online group DRO (Sagawa et al. 2020): q_g ~ q_g exp(eta L_g), in log space.
+    """One step of online group DRO (Sagawa et al. 2020, arXiv 1911.08731): q_g ~ q_g exp(eta L_g), in log space.
 
     Args:
         log_q: log of the weights so far. Shape: (K,)
-        group_loss, count: mean NLL and tokens by group; a group with 0 tokens keeps its log_q before normalising. Shapes: (K,)
-        eta: step size, > 0.
+        group_loss: mean NLL by group. Shape: (K,)
+        count: tokens by group; a group with 0 keeps its log_q before normalising. Shape: (K,)
+        eta: step size per nat, > 0.
     Returns:
         log_q after the step, detached; exp sums to 1. Shape: (K,)
     """
-    if not eta > 0:
-        raise ValueError(f"eta must be positive, not {eta}")
-    return torch.log_softmax(log_q + eta * torch.where(count > 0, group_loss.detach(), 0), dim=0)
+    if not 0 < eta < float("inf"):
+        raise ValueError(f"eta must be positive and finite, not {eta}")
+    step = torch.where(count > 0, eta * group_loss.detach(), 0)
+    return torch.log_softmax(log_q.detach() + step, dim=0)  # q_g ~ q_g exp(eta L_g)
 
 
 def group_dro_loss(nll, group, log_q, eta):
-    """Online group DRO: q moves by the batch's group losses, then weighs them; absent groups do not give their share away.
+    """Online group DRO: q moves by the batch's group losses, then weighs them; an absent group's share is not given away.
 
     Args:
-        nll: NLL of each target token in nats. Shape: (N,)
+        nll: NLL of each target token in nats, of the GLOBAL batch. Shape: (N,)
         group: group of each target token, int64. Shape: (N,)
-        log_q: log weights so far, zeros at the start; keep what is returned for the next batch, and save it. Shape: (K,)
-        eta: step size, > 0.
+        log_q: log of the weights so far, zeros at the start; pass on what comes back, and save it. Shape: (K,)
+        eta: step size per nat, > 0.
     Returns:
-        (loss, log_q, group_loss): scalar sum_g q_g L_g; moved log weights; mean NLL by group, detached. Shapes: (), (K,), (K,)
+        (loss, log_q, group_loss): scalar sum_g q_g L_g; moved weights, detached; mean NLL by group, detached, 0 where
+        absent. Shapes: (), (K,), (K,)
     """
     group_loss, count = group_means(nll, group, len(log_q))
     log_q = group_dro_step(log_q, group_loss, count, eta)
@@ -127,6 +148,7 @@ def group_dro_loss(nll, group, log_q, eta):
 import argparse
 import contextlib
 import copy
+import ctypes
 import datetime
 import hashlib
 import json
@@ -148,9 +170,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from attribution import cut_groups, format_table, name_items, relevance, token_attribution
-from data import (TINY, InputError, build_trees, by_trunk, cache_folder, collate, intact, language_windows, legal_scores, load_dataset, load_model,
-                  make_prompts, packs, positions, read_json, save_model, say, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
-from evaluate import audit, evaluate_model, list_metrics, popularity_lists, write_predictions, write_report
+from data import (TINY, InputError, build_trees, by_trunk, cache_folder, collate, intact, language_windows, legal_tokens, load_dataset, load_model, log_softmax_over,
+                  make_prompts, packs, positions, read_json, save_model, say, squeeze, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
+from evaluate import audit, evaluate_model, list_metrics, popularity_lists, result_table, write_predictions, write_report
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -205,10 +227,8 @@ def token_nll(model, batch, prompts, job):
     logits = logits.float()  # (N, V)
     if job.softmax == "full":
         return torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
-    trie = prompts.trie  # Masked Softmax Loss (MSL, arXiv 2504.04178): log-softmax of z / temperature over legal tokens
-    first, token, node = (torch.as_tensor(x, device=logits.device) for x in (trie.first, trie.token[trie.child], trie.path))
-    owner, place, score = legal_scores(logits / job.temperature, node[batch.item, batch.step], first, token)
-    return -score[token[place] == batch.label[owner]]
+    owner, token, chosen = legal_tokens(batch, prompts.trie)  # Masked Softmax Loss (MSL, arXiv 2504.04178): log-softmax of
+    return -log_softmax_over(logits / job.temperature, owner, token)[chosen]  # z / temperature over legal tokens alone
 
 
 def sft(nll, group, mean, count, log_q):
@@ -315,7 +335,7 @@ def load_checkpoint(path, model, optimizer):
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["log_q"].to(next(model.parameters()).device), state["step"]
     except (RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a checkpoint of this run ({str(error).splitlines()[0]}); start a new run with --name") from None
+        raise InputError(f"{path}: not a checkpoint of this run ({squeeze(str(error))[:200]}); delete it, and --resume repeats that part") from None
 
 
 @contextlib.contextmanager
@@ -549,27 +569,6 @@ def model_card(args, loss):
             f"titles as continuations of a prompt with the user's history; see config.json beside this folder for every argument.\n")
 
 
-COLUMNS = "HR@5", "NDCG@5", "HR@10", "NDCG@10", "MGU@5", "DGU@5", "coverage@10"
-
-
-def result_table(folder, losses):
-    """(header, rows): popularity, before fine-tuning and each loss; on test, or on validation with --no-test."""
-    runs = {loss: read_json(folder / loss / "metrics.json") for loss in losses}
-    base, any_run = runs[losses[0]]["baselines"], runs[losses[0]]
-    part = "test" if "test" in any_run else "valid"
-
-    def row(name, metrics, audit, seconds):
-        return (name, *(f"{metrics[column]:.4f}" for column in COLUMNS), f"{audit['ablation']['auxiliary share']:.3f}" if audit else "",
-                f"{seconds:.0f}" if seconds else "")
-    rows = [row("popularity", base["popularity"][part], None, None),
-            row("before fine-tuning", base["before"][part], base["before"].get("audit"), None)]
-    for loss, result in runs.items():
-        time = result["time"]
-        rows.append(row(loss.upper() if loss != "group-dro" else loss, result[part], result["audit"]["after"],
-                        time["warm-up"] + time["train"] + (0 if loss == "sft" else time["relevance"])))
-    return (part, *COLUMNS, "aux share", "seconds"), rows
-
-
 def run(args):
     """All stages of a run, each skipped where its files are there; prints the table."""
     began, job = time.perf_counter(), start_job(args)
@@ -677,7 +676,7 @@ def whole(text):
 
 
 def parser():
-    p = argparse.ArgumentParser(formatter_class=Help, description=__doc__.split("\n\n")[0], epilog="More: README.md. To read a model token by token: attribution.py; to compare runs: evaluate.py.")
+    p = argparse.ArgumentParser(formatter_class=Help, allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog="More: README.md. To read a model token by token: attribution.py; to compare runs: evaluate.py.")
     add = p.add_argument_group("data").add_argument
     add("--dataset", default="ml-100k", help="toy (made from a seed, offline), ml-100k, ml-1m, or a FOLDER with RecBole atomic "
         "files (NAME.inter, NAME.item) or train.csv, test.csv, id2name4Rec.json")
@@ -700,7 +699,7 @@ def parser():
     add("--relevance", choices=("gradient", "ablation", "probability"), default="gradient", help="what measures a target token's "
         "relevance to its auxiliary tokens")
     add("--groups", type=positive(int), default=4, metavar="K", help="groups of target tokens, 0 the least relevant to auxiliary tokens")
-    add("--tau", type=positive(float), default=1.0, help="temperature of GDRT: small follows the worst group; inf with --prior share is SFT")
+    add("--tau", type=positive(float), default=4.0, help="temperature of GDRT: small follows the worst group; inf with --prior share is SFT")
     add("--prior", choices=("uniform", "share"), default="uniform", help="what GDRT's q is pulled to: 1/K each, or the groups' token shares")
     add("--eta", type=positive(float), default=0.01, help="step size of group-dro")
     add("--warmup", type=fraction, default=0.2, metavar="SHARE", help="share of the updates that are SFT before tokens are grouped, the "
@@ -730,6 +729,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    bound_memory()
     args.name = args.name or f"{Path(args.dataset).resolve().name}-{Path(args.model).resolve().name}-seed{args.seed}"
     try:
         if args.name in (".", "..") or set(args.name) & set("/\\"):
@@ -747,6 +747,14 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted; go on with: {start} gdrt.py {shlex.join([*words, '--resume'])}", file=sys.stderr)
         sys.exit(130)
+
+
+def bound_memory():
+    """Keep what oneDNN and glibc hold back small: batches of ever-new shapes would fill 4 GB where 1 is enough (our choice)."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # kernels by shape; read at their first use
+        os.environ.setdefault(name, "64")
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks from 1 MB up go back to the system when freed
 
 
 def complain(error):

@@ -1,6 +1,7 @@
 """Shared by all tests: the repository's modules on the path, the marked suites, a small trained model."""
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -69,6 +70,16 @@ def separate_nll(model, prompts, window, skip=0):
     import torch
     labels = torch.tensor(prompts.titles[window.items[window.stop]] + [prompts.eos])
     return -separate_logits(model, prompts, window, skip).log_softmax(-1)[torch.arange(len(labels)), labels]
+
+
+def continuations(prompts):
+    """{prefix: tokens that some title, with EOS, has after it}."""
+    legal = {}
+    for title in prompts.titles:
+        tokens = [*title, prompts.eos]
+        for j, token in enumerate(tokens):
+            legal.setdefault(tuple(tokens[:j]), set()).add(token)
+    return {prefix: sorted(tokens) for prefix, tokens in legal.items()}
 
 
 def random_windows(n_items, seed, users=2, length=12):
@@ -147,6 +158,16 @@ def small(tmp_path_factory):
     tokenizer.save_pretrained(model)
     return ["--dataset", str(data), "--model", str(model), "--min-rating", "3", "--batch", "8", "--epochs", "2", "--save-every", "2",
             "--precision", "fp32", "--device", "cpu", "--no-report"]
+
+
+@pytest.fixture(scope="session")
+def steady(small, tmp_path_factory):
+    """The flags of `small` with a model that drops nothing out: packing, ranks and micro-batches then change nothing."""
+    source, folder = Path(small[small.index("--model") + 1]), tmp_path_factory.mktemp("steady")
+    shutil.copytree(source, folder / "model")
+    config = (source / "config.json").read_text()
+    (folder / "model" / "config.json").write_text(config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
+    return [*small, "--model", str(folder / "model")]
 
 
 TIMING = {"seconds", "windows_per_s", "time"}  # keys of what a clock says; all else is equal where the seed is

@@ -1,9 +1,9 @@
-"""The losses against loops and searches that share no function with them."""
+"""The losses against loops, grids and decimals that share no function with them."""
 import math
 import re
 import subprocess
 import sys
-from decimal import Decimal, getcontext
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -13,177 +13,222 @@ from hypothesis import strategies as st
 
 from gdrt import gdrt_loss, group_dro_loss, group_dro_step, group_means, group_weights
 
+BOTH = pytest.mark.parametrize("prior", ["uniform", "share"])
 
-def draw(seed, n=23, k=4, scale=3.0, absent=None):
+
+def draw(seed, n=23, k=4, absent=None):
+    """NLL (n,) float64 in 0 .. 3 and groups (n,) of k, one of them kept empty if asked."""
     random = torch.Generator().manual_seed(seed)
-    nll = torch.rand(n, generator=random, dtype=torch.float64) * scale
+    nll = torch.rand(n, generator=random, dtype=torch.float64) * 3
     group = torch.randint(0, k, (n,), generator=random)
-    if absent is not None:
-        group[group == absent] = (absent + 1) % k
-    return nll, group
+    return nll, group if absent is None else torch.where(group == absent, (absent + 1) % k, group)
 
 
-def by_hand(nll, group, k, tau, prior):
-    """tau log sum_g prior_g exp(L_g / tau) in plain Python."""
-    means, shares = {}, {}
-    for g in range(k):
-        values = [float(x) for x, h in zip(nll, group) if int(h) == g]
-        if values:
-            means[g] = sum(values) / len(values)
-            shares[g] = len(values) / len(nll) if prior == "share" else 1.0
-    total = sum(shares.values())
-    terms = {g: shares[g] / total * math.exp(means[g] / tau) for g in means}
-    q = [terms.get(g, 0.0) / sum(terms.values()) for g in range(k)]
-    return tau * math.log(sum(terms.values())), q, means
+def by_hand(nll, group, k, tau, prior="uniform"):
+    """(loss, q of k groups, {group: mean}, {group: prior}) in plain Python; tau log sum_g prior_g exp(L_g / tau)."""
+    members = {g: [x for x, h in zip(nll.tolist(), group.tolist()) if h == g] for g in range(k)}
+    means = {g: math.fsum(values) / len(values) for g, values in members.items() if values}
+    anchor = {g: len(members[g]) / len(nll) if prior == "share" else 1 / len(means) for g in means}
+    terms = {g: anchor[g] * math.exp(means[g] / tau) for g in means}
+    total = math.fsum(terms.values())
+    return tau * math.log(total), [terms.get(g, 0.0) / total for g in range(k)], means, anchor
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 60), k=st.integers(1, 9), tau=st.floats(0.05, 50),
        prior=st.sampled_from(["uniform", "share"]))
 def test_equals_a_loop(seed, n, k, tau, prior):
     nll, group = draw(seed, n, k)
     loss, q, means = gdrt_loss(nll, group, k, tau, prior)
-    value, weights, by_group = by_hand(nll, group, k, tau, prior)
-    assert loss.item() == pytest.approx(value, rel=1e-9)
-    assert q.tolist() == pytest.approx(weights, abs=1e-9)
-    assert [means[g].item() for g in by_group] == pytest.approx(list(by_group.values()))
+    value, weights, by_group, _ = by_hand(nll, group, k, tau, prior)
+    assert loss.item() == pytest.approx(value, rel=1e-12, abs=1e-12)
+    assert q.tolist() == pytest.approx(weights, rel=1e-9, abs=1e-15)
+    assert means.tolist() == pytest.approx([by_group.get(g, 0.0) for g in range(k)], rel=1e-12)
 
 
-@pytest.mark.parametrize("prior", ["uniform", "share"])
-@pytest.mark.parametrize("tau", [0.1, 1.0, 7.0])
+@BOTH
+@pytest.mark.parametrize("tau", [0.2, 1.0, 7.0])
 def test_is_the_maximum_over_q_of_the_penalised_objective(prior, tau):
-    nll, group = draw(1)
-    loss, q, means = gdrt_loss(nll, group, 4, tau, prior)
-    anchor = torch.bincount(group, minlength=4) / len(group) if prior == "share" else torch.full((4,), 0.25)
+    nll, group = draw(1, k=3)
+    loss, q, _ = gdrt_loss(nll, group, 3, tau, prior)
+    _, _, means, anchor = by_hand(nll, group, 3, tau, prior)
+    L, p = (torch.tensor([x[g] for g in range(3)], dtype=torch.float64) for x in (means, anchor))
 
-    def objective(q):  # (..., 4)
-        return (q * means).sum(-1) - tau * (q * (q / anchor).log()).sum(-1)
-    assert objective(q).item() == pytest.approx(loss.item(), rel=1e-6)
-    others = torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((20000,))
-    near = torch.softmax(q.log() + 0.01 * torch.randn(20000, 4, dtype=torch.float64), -1)
-    for tried in (others, near):
-        assert objective(tried).max() <= loss + 1e-7
-    assert objective(near).max() > loss - 1e-3 * max(1, tau)
-
-
-def test_infinite_tau_with_the_share_prior_is_sft():
-    nll, group = draw(2)
-    for tau in (math.inf, 1e9):
-        assert gdrt_loss(nll, group, 4, tau, "share")[0].item() == pytest.approx(nll.mean().item(), rel=1e-8)
+    def objective(q):  # (..., 3): sum_g q_g L_g - tau KL(q || prior), 0 log 0 = 0
+        return (q * L).sum(-1) - tau * (torch.xlogy(q, q) - q * p.log()).sum(-1)
+    side = 500
+    a, b = torch.meshgrid(*[torch.arange(side + 1)] * 2, indexing="ij")
+    grid = torch.stack([a, b, side - a - b], -1)[a + b <= side].double() / side  # (points, 3): the whole simplex
+    value, best = objective(grid).max(0)
+    assert value <= loss + 1e-12 and value.item() == pytest.approx(loss.item(), abs=2e-5 * max(1, tau))
+    assert grid[best].tolist() == pytest.approx(q.tolist(), abs=2 / side)
+    random = torch.Generator().manual_seed(0)
+    near = torch.softmax(q.log() + 1e-3 * torch.randn(20000, 3, dtype=torch.float64, generator=random), -1)
+    assert objective(near).max() <= loss + 1e-12 and objective(q).item() == pytest.approx(loss.item(), rel=1e-12)
 
 
-def test_large_tau_keeps_its_digits():
-    getcontext().prec = 60
-    nll, group = (x for x in draw(3))
-    _, _, means = by_hand(nll, group, 4, 1.0, "uniform")
-    for tau in (1e4, 1e7, 1e10):
+def test_infinite_tau_is_the_prior_and_with_shares_plain_fine_tuning():
+    nll, group = draw(2, absent=1)
+    mean = math.fsum(nll.tolist()) / len(nll)
+    for tau, close in ((math.inf, 1e-14), (1e9, 1e-8)):
+        assert gdrt_loss(nll, group, 4, tau, "share")[0].item() == pytest.approx(mean, rel=close)
+    loss, q, _ = gdrt_loss(nll, group, 4, math.inf, "uniform")
+    assert q.tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+    assert loss.item() == pytest.approx(math.fsum(by_hand(nll, group, 4, 1.0)[2].values()) / 3)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-14), (torch.float32, 3e-7)])
+@pytest.mark.parametrize("tau", [1e2, 1e6, 1e10])
+def test_large_tau_keeps_its_digits(tau, dtype, close, prior):
+    nll, group = draw(3)
+    _, _, means, anchor = by_hand(nll, group, 4, 1.0, prior)
+    with localcontext() as context:
+        context.prec = 60
         t = Decimal(tau)
-        exact = t * (sum((Decimal(m) / t).exp() for m in means.values()) / len(means)).ln()
-        assert gdrt_loss(nll, group, 4, tau)[0].item() == pytest.approx(float(exact), rel=1e-12)
+        exact = t * sum(Decimal(anchor[g]) / sum(map(Decimal, anchor.values())) * (Decimal(means[g]) / t).exp() for g in means).ln()
+    assert gdrt_loss(nll.to(dtype), group, 4, tau, prior)[0].item() == pytest.approx(float(exact), rel=close)
 
 
-@pytest.mark.parametrize("tau", [0.3, 2.0, math.inf])
-def test_gradient(tau):
-    nll, group = draw(4)
+def test_small_tau_keeps_its_digits():
+    """One token far above 99,999 in fp32: loss, q and gradient agree with each other and with the closed form."""
+    nll, group = torch.ones(100_000), torch.ones(100_000, dtype=torch.long)
+    nll[0], group[0] = 50, 0
     nll.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: gdrt_loss(x, group, 4, tau)[0], nll)
-    loss, q, _ = gdrt_loss(nll, group, 4, tau)
-    gradient, = torch.autograd.grad(loss, nll)
-    for i, g in enumerate(group.tolist()):
-        assert gradient[i].item() == pytest.approx(q[g].item() / group.tolist().count(g), rel=1e-9)
+    loss, q, _ = gdrt_loss(nll, group, 2, 1.0, "share")
+    loss.backward()
+    assert loss.item() == pytest.approx(50 - math.log(100_000), rel=1e-6)
+    assert q[0].item() == pytest.approx(1) and nll.grad[0].item() == pytest.approx(1, rel=1e-5)
+    worst, gap = 1e4 + 2**-7, 2**-7 / 0.003  # both exact in fp32, their quotients by tau are not
+    q = group_weights(torch.tensor([1e4, worst]), torch.ones(2), 0.003)
+    assert q[0].item() == pytest.approx(1 / (1 + math.exp(gap)), rel=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("tau", [0.3, 2.0, 50.0, math.inf])
+def test_gradient_is_q_over_n(tau, prior):
+    nll, group = draw(4, absent=2)
+    nll.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: gdrt_loss(x, group, 4, tau, prior)[0], nll)
+    gradient, = torch.autograd.grad(gdrt_loss(nll, group, 4, tau, prior)[0], nll)
+    q = by_hand(nll, group, 4, min(tau, 1e12), prior)[1]
+    assert gradient.tolist() == pytest.approx([q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 1.0, 1e6])
 def test_huge_losses_stay_finite(dtype, tau):
-    nll, group = torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    nll, group = torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True), torch.arange(4)
     loss, q, _ = gdrt_loss(nll, group, 4, tau)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(q).all() and torch.isfinite(nll.grad).all()
+    spread = sum(math.exp((x - 2e4) / tau) for x in nll.tolist()) / 4
+    assert loss.item() == pytest.approx(2e4 + tau * math.log(spread), rel=1e-6)
+    assert nll.grad.tolist() == pytest.approx(q.tolist(), rel=1e-5) and q.sum().item() == pytest.approx(1)
     moved = group_dro_loss(nll, group, torch.zeros(4, dtype=dtype), 100.0)[1]
-    assert torch.isfinite(moved.exp()).all() and moved.exp().sum().item() == pytest.approx(1)
+    assert moved.exp().tolist() == [0, 1, 0, 0] and torch.isfinite(moved).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_fp32(dtype):
+    """A bf16 counter stops at 256, an fp16 sum at 65,504."""
+    nll, group = torch.full((4000,), 2.0, dtype=dtype), torch.arange(4000) % 4 // 3  # three tokens of group 0 to one of 1
+    nll[group == 1] = 72
+    assert gdrt_loss(nll, group, 2, 1.0)[2].tolist() == [2, 72]
+    assert group_means(nll, group, 2)[1].tolist() == [3000, 1000]
 
 
 def test_order_and_labels_do_not_matter():
     nll, group = draw(5)
-    loss, q, means = gdrt_loss(nll, group, 4, 0.7)
-    shuffled = torch.randperm(len(nll))
-    assert gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7)[0].item() == pytest.approx(loss.item())
+    loss, q, _ = gdrt_loss(nll, group, 4, 0.7, "share")
+    shuffled = torch.randperm(len(nll), generator=torch.Generator().manual_seed(0))
+    assert gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7, "share")[0].item() == pytest.approx(loss.item(), rel=1e-12)
     label = torch.tensor([2, 0, 3, 1])
-    other, weights, _ = gdrt_loss(nll, label[group], 4, 0.7)
-    assert other.item() == pytest.approx(loss.item()) and torch.allclose(weights[label], q)
+    other, weights, _ = gdrt_loss(nll, label[group], 4, 0.7, "share")
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12) and torch.allclose(weights[label], q, rtol=1e-12)
 
 
-@pytest.mark.parametrize("prior", ["uniform", "share"])
-def test_an_absent_group_takes_no_part(prior):
-    nll, group = draw(6, absent=3)
-    loss, q, means = gdrt_loss(nll, group, 4, 1.0, prior)
-    alone, weights, _ = gdrt_loss(nll, group, 3, 1.0, prior)
-    assert q[3] == 0 and loss.item() == pytest.approx(alone.item()) and torch.allclose(q[:3], weights)
+@BOTH
+@pytest.mark.parametrize("absent", [0, 2, 3])
+def test_an_absent_group_takes_no_part(prior, absent):
+    """Whatever stands in its place: the mean of no tokens may come as 0, as NaN, as anything."""
+    nll, group = draw(6, absent=absent)
+    loss, q, means = gdrt_loss(nll, group, 4, 0.5, prior)
+    value, weights, _, _ = by_hand(nll, group, 4, 0.5, prior)
+    assert q[absent] == 0 and loss.item() == pytest.approx(value) and q.tolist() == pytest.approx(weights)
+    for stand_in in (0.0, 1e6, math.nan):
+        means[absent] = stand_in
+        assert group_weights(means, torch.bincount(group, minlength=4), 0.5, prior).tolist() == pytest.approx(weights)
 
 
 def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
-    nll, group = draw(7)
+    nll, group = draw(7, absent=1)
     nll.requires_grad_()
-    log_q = torch.zeros(4, dtype=torch.float64)
-    kept = nll.detach().clone(), group.clone(), log_q.clone()
-    _, q, means = gdrt_loss(nll, group, 4, 1.0)
-    _, moved, dro_means = group_dro_loss(nll, group, log_q, 0.1)
-    assert torch.equal(nll, kept[0]) and torch.equal(group, kept[1]) and torch.equal(log_q, kept[2])
-    assert not any(x.requires_grad for x in (q, means, moved, dro_means))
+    log_q = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    means, count = group_means(nll, group, 4)
+    inputs = nll, group, log_q, means, count
+    kept = [x.detach().clone() for x in inputs]
+    _, q, by_group = gdrt_loss(nll, group, 4, 1.0)
+    _, moved, by_group_too = group_dro_loss(nll, group, log_q, 0.1)
+    weights, stepped = group_weights(means, count, 1.0, "share"), group_dro_step(log_q, means, count, 0.1)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, kept))
+    assert means.requires_grad and not any(x.requires_grad for x in (q, by_group, moved, by_group_too, weights, stepped))
 
 
 def test_micro_batches_share_one_q():
-    """The gradient of the whole batch, rebuilt from parts that know only the batch's sums."""
+    """The gradient of the whole batch, from unequal parts that know only the batch's sums; one part lacks a group."""
     nll, group = draw(8, n=40)
+    group[:5] = 1
     nll.requires_grad_()
     whole, = torch.autograd.grad(gdrt_loss(nll, group, 4, 0.5)[0], nll)
-    count = torch.bincount(group, minlength=4).double()
-    total = torch.zeros(4, dtype=torch.float64)
-    for part in range(4):
-        total += torch.bincount(group[part::4], weights=nll[part::4].detach(), minlength=4)
-    q = group_weights(total / count, count, 0.5)
-    summed = torch.zeros_like(nll)
-    for part in range(4):
-        terms = sum(q[g] / count[g] * nll[i] for i, g in list(enumerate(group))[part::4])
-        summed += torch.autograd.grad(terms, nll)[0]
-    assert torch.allclose(summed, whole, atol=1e-12)
+    parts = [slice(0, 5), slice(5, 21), slice(21, 40)]
+    total, count = (sum(torch.bincount(group[part], weights=x[part], minlength=4) for part in parts)
+                    for x in (nll.detach(), torch.ones_like(nll).detach()))
+    weight = group_weights(total / count, count, 0.5) / count  # (K,): q_g / n_g
+    for part in parts:
+        (weight[group[part]] * nll[part]).sum().backward()
+    assert torch.allclose(nll.grad, whole, rtol=1e-12)
 
 
 def test_group_dro_follows_sagawa():
-    """q_g <- q_g exp(eta L_g) for groups in the batch, then normalised, then loss = sum q_g L_g; three batches by hand."""
+    """q_g <- q_g exp(eta L_g) for groups in the batch, then normalised, then loss = sum q_g L_g; four batches by hand."""
     q, log_q = [0.25] * 4, torch.zeros(4, dtype=torch.float64)
-    for seed in range(3):
+    for seed in range(4):
         nll, group = draw(seed, absent=seed)
+        nll.requires_grad_()
         loss, log_q, _ = group_dro_loss(nll, group, log_q, 0.2)
-        _, _, means = by_hand(nll, group, 4, 1.0, "uniform")
+        means = by_hand(nll, group, 4, 1.0)[2]
         q = [weight * math.exp(0.2 * means[g]) if g in means else weight for g, weight in enumerate(q)]
         q = [weight / sum(q) for weight in q]
-        assert log_q.exp().tolist() == pytest.approx(q)
-        assert loss.item() == pytest.approx(sum(q[g] * mean for g, mean in means.items()))
+        assert log_q.exp().tolist() == pytest.approx(q, rel=1e-12)
+        assert loss.item() == pytest.approx(sum(q[g] * mean for g, mean in means.items()), rel=1e-12)
+        gradient, = torch.autograd.grad(loss, nll)
+        assert gradient.tolist() == pytest.approx([q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9)
 
 
 def test_wrong_arguments_are_named():
     nll, group = draw(9)
-    for call in (lambda: gdrt_loss(nll, group, 4, 0.0), lambda: gdrt_loss(nll, group, 4, math.nan), lambda: gdrt_loss(nll, group, 2, 1.0),
-                 lambda: gdrt_loss(nll, group - 1, 4, 1.0), lambda: gdrt_loss(nll, group, 4, 1.0, "shares"),
-                 lambda: gdrt_loss(nll[:0], group[:0], 4, 1.0), lambda: group_means(nll, group[:3], 4),
-                 lambda: group_dro_step(torch.zeros(4), torch.ones(4), torch.ones(4), 0.0)):
-        with pytest.raises(ValueError):
+    pair = nll[:2], group[:2]
+    for message, call in [
+            ("tau", lambda: gdrt_loss(nll, group, 4, 0.0)), ("tau", lambda: gdrt_loss(nll, group, 4, -1.0)),
+            ("tau", lambda: gdrt_loss(nll, group, 4, math.nan)), ("prior", lambda: gdrt_loss(nll, group, 4, 1.0, "shares")),
+            ("group ids", lambda: gdrt_loss(nll, group, 3, 1.0)), ("group ids", lambda: gdrt_loss(nll, group - 1, 4, 1.0)),
+            ("int64", lambda: gdrt_loss(nll, group.float(), 4, 1.0)), ("shape", lambda: gdrt_loss(nll[:0], group[:0], 4, 1.0)),
+            ("shape", lambda: group_means(nll, group[:3], 4)), ("shape", lambda: gdrt_loss(*(x[None] for x in pair), 4, 1.0)),
+            *[("eta", lambda eta=eta: group_dro_loss(nll, group, torch.zeros(4), eta)) for eta in (0.0, math.nan, math.inf)]]:
+        with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_the_losses_can_be_pasted_into_an_empty_file(tmp_path):
-    text = (ROOT / "gdrt.py").read_text()
-    block = re.search(r"# -+ losses\n(.*?)# -+ ", text, re.S)[1]
-    for function in re.split(r"(?m)^(?=def )", block)[1:]:
-        assert len(function.strip().split("\n")) < 40, function.split("\n")[0]
+    block = re.search(r"(?m)^# -{20,} losses\n(.*?)^# -{20,} ", (ROOT / "gdrt.py").read_text(), re.S)[1]
+    functions = re.split(r"(?m)^(?=def )", block)[1:]
+    assert len(functions) >= 5 and max(len(function.strip().split("\n")) for function in functions) < 40
     file = tmp_path / "pasted.py"
-    file.write_text("import torch\n" + block + "\nnll = torch.tensor([1.0, 2.0, 4.0])\n"
-                    "print(gdrt_loss(nll, torch.tensor([0, 0, 1]), 2, 1.0)[0].item())\n"
-                    "print(group_dro_loss(nll, torch.tensor([0, 0, 1]), torch.zeros(2), 0.1)[0].item())\n")
+    file.write_text("import torch\n" + block + "\nnll, group = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1])\n"
+                    "print(gdrt_loss(nll, group, 2, 1.0)[0].item(), gdrt_loss(nll, group, 2, float('inf'), 'share')[0].item())\n"
+                    "print(group_dro_loss(nll, group, torch.zeros(2), 0.1)[0].item())\n")
     done = subprocess.run([sys.executable, "-I", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    expected = math.log((math.exp(1.5) + math.exp(4)) / 2)
     q = math.exp(0.4) / (math.exp(0.15) + math.exp(0.4))
-    assert [float(x) for x in done.stdout.split()] == pytest.approx([expected, (1 - q) * 1.5 + q * 4], rel=1e-6)
+    expected = [math.log((math.exp(1.5) + math.exp(4)) / 2), 7 / 3, (1 - q) * 1.5 + q * 4]
+    assert [float(x) for x in done.stdout.split()] == pytest.approx(expected, rel=1e-6)

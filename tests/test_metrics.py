@@ -17,7 +17,7 @@ import evaluate
 from data import Dataset, InputError, Window, load_dataset
 
 EXAMPLE = Path(__file__).with_name("example_predictions.jsonl")
-SCORE = {"HR@10": 0.27, "NDCG@10": 0.1468}  # what README says of the example
+SCORE = {"HR@10": 0.2, "NDCG@10": 0.1062}  # what README says of the example
 
 
 def markov_lists(dataset):

@@ -19,7 +19,7 @@ LOSSES = ["--loss", "sft", "gdrt", "group-dro"]
 def finish(argv, log, *before):
     """Run gdrt.py to its end in a process -> its exit code, minus the signal that ended it."""
     process = start(command, argv, log, *before)
-    process.join(120)
+    process.join(180)
     return process.exitcode
 
 
@@ -170,7 +170,7 @@ def refused(argv, capsys):
 
 CHANGED = {"split": "time", "history": "5", "min_rating": "4", "windows": "50", "device": "auto", "precision": "bf16", "loss": "sft",
            "relevance": "ablation", "groups": "3", "tau": "2", "prior": "share", "eta": "0.1", "warmup": "0.4", "train_softmax": "trie",
-           "temperature": "2", "epochs": "3", "batch": "8", "accumulate": "2", "lr": "0.01", "no_pack": None, "seed": "1",
+           "temperature": "2", "epochs": "3", "batch": "9", "accumulate": "2", "lr": "0.01", "no_pack": None, "seed": "1",
            "rank_softmax": "full", "keep_seen": None, "no_test": None, "model": "tiny", "dataset": "toy"}
 
 

@@ -4,23 +4,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import prompt_of, random_prompts, separate_logits, small_model
+from conftest import continuations, prompt_of, random_prompts, separate_logits, small_model
 from transformers import DynamicCache
 
 from data import InputError, Window, build_trie, load_dataset, make_prompts, positions
 from evaluate import rank
 
 GAP = 1e-4  # nats; titles closer than this may stand in either order
-
-
-def legal_tokens(prompts):
-    """{prefix: tokens that some title, with EOS, has after it}."""
-    legal = {}
-    for title in prompts.titles:
-        tokens = [*title, prompts.eos]
-        for j, token in enumerate(tokens):
-            legal.setdefault(tuple(tokens[:j]), set()).add(token)
-    return {prefix: sorted(tokens) for prefix, tokens in legal.items()}
 
 
 def title_scores(logits, title, prompts, legal):
@@ -36,7 +26,7 @@ def title_scores(logits, title, prompts, legal):
 @torch.no_grad()
 def score_all(model, prompts, windows):
     """Every title for every window, one prompt and one forward pass each -> {softmax: (windows, titles)}."""
-    legal = legal_tokens(prompts)
+    legal = continuations(prompts)
     found = [[title_scores(separate_logits(model, prompts, window, title=title), title, prompts, legal) for title in prompts.titles]
              for window in windows]
     return {softmax: np.array([[scores[softmax] for scores in row] for row in found]) for softmax in ("full", "trie")}
@@ -156,7 +146,7 @@ def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
     """generate() with a beam for every prefix. renormalize_logits takes its softmax after the legal tokens are chosen."""
     n = 14
     prompts, model = random_prompts(8, n, letters=6, lengths=(2, 5)), small_model(kind, scale=0.5)
-    legal = legal_tokens(prompts)
+    legal = continuations(prompts)
     for window in (Window(0, (3, 1, 4, 5), 0, 3), Window(1, (2, 7, 0), 0, 2)):
         prompt = torch.tensor([prompt_of(prompts, window)])
         start = prompt.shape[1]
@@ -207,7 +197,7 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     trees = build_trees(prompts, windows)
     updates = gdrt.plan(trees, 128, 1, 0)
     gdrt.train(model, prompts, trees, updates, (0, len(updates)), torch.zeros(prompts.trie.path.shape, dtype=torch.long), gdrt.sft, 1, gdrt.Job())
-    chosen, legal = dataset.test[::19][:50], legal_tokens(prompts)
+    chosen, legal = dataset.test[::19][:50], continuations(prompts)
     model.eval()
     truth = [score_all_cached(model, prompts, window, legal) for window in chosen]
     for softmax in ("trie", "full"):

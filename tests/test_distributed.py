@@ -1,0 +1,260 @@
+"""Ranks and micro-batches change nothing: gradients, q and training curves of real gloo processes against one process."""
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command, random_prompts, random_windows, small_model, start
+
+import gdrt
+from data import build_trees
+
+K = 4
+OBJECTIVES = {"sft": gdrt.sft, "gdrt": gdrt.gdrt(0.7, "uniform"), "gdrt by share": gdrt.gdrt(0.7, "share"), "group-dro": gdrt.group_dro(0.5)}
+
+
+def world():
+    """(model, prompts, trees, group table): uneven trees; group 3 is in the first tree alone, group 2 in the second alone."""
+    torch.manual_seed(0)
+    model, prompts = small_model(seed=1, scale=0.2), random_prompts(0, n=60)
+    trees = build_trees(prompts, random_windows(60, seed=3, users=7))
+    group = torch.randint(0, 2, prompts.trie.path.shape, generator=torch.Generator().manual_seed(5))
+    targets = [set(tree.item.tolist()) for tree in trees]
+    for g, tree in (3, 0), (2, 1):
+        for item in targets[tree] - set.union(*(items for other, items in enumerate(targets) if other != tree)):
+            group[item] = g
+    return model, prompts, trees, group
+
+
+class Watched(torch.optim.SGD):
+    """Keeps the gradient that it is given."""
+    def step(self):
+        self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+
+
+def gradients(job, trees):
+    """{objective: (gradient, line, log_q)} of one update on `trees`."""
+    found = {}
+    for name, objective in OBJECTIVES.items():
+        model, prompts, every, group = world()
+        optimizer = Watched(model.parameters(), lr=0.1)
+        log_q = torch.log_softmax(torch.tensor([0.1, 0.5, -0.3, 0.2]), 0)
+        log_q, line = gdrt.update(model.train(), optimizer, [every[i] for i in trees], prompts, group, objective, log_q, job)
+        found[name] = optimizer.seen, line, log_q
+    return found
+
+
+def curves(job):
+    """{objective: (lines of six updates, weights after them)}, the last update on a tree that only rank 0 gets."""
+    found = {}
+    for name, objective in OBJECTIVES.items():
+        model, prompts, trees, group = world()
+        updates, lines = [[0, 1, 2, 3], [4, 5, 6], [2, 0, 1], [3, 4], [6, 5, 1, 0], [2]], []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        log_q = torch.full((K,), 0.25).log()
+        for update in updates:
+            log_q, line = gdrt.update(model.train(), optimizer, [trees[i] for i in update], prompts, group, objective, log_q, job)
+            lines.append(line)
+        found[name] = lines, torch.cat([p.detach().flatten() for p in model.parameters()])
+    return found
+
+
+BATCHES = {"uneven, groups on one rank": [0, 1, 2, 3, 4, 5, 6], "groups absent": [4, 5], "a rank without a tree": [0]}
+
+
+def all_cases(job):
+    return {name: gradients(job, trees) for name, trees in BATCHES.items()} | {"curves": curves(job)}
+
+
+def as_rank(rank, ranks, port, function, *args):
+    """For `start`: function(*args) as this rank of `ranks`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def save_all_cases(folder):
+    job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"]))
+    for accumulate in 1, 2:
+        torch.save(all_cases(job._replace(accumulate=accumulate)), f"{folder}/{accumulate}-{job.rank}.pt")
+
+
+def on_ranks(ranks, function, *args_of_rank):
+    """function(*args_of_rank(rank)) on every rank -> exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [start(as_rank, rank, ranks, port, function, *args_of_rank[0](rank)) for rank in range(ranks)]
+    for process in started:
+        process.join(180)
+    hung = [rank for rank, process in enumerate(started) if process.is_alive()]
+    for process in started:
+        process.kill()
+    assert not hung, f"ranks {hung} hang"
+    return [process.exitcode for process in started]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """{(ranks, accumulate): what all_cases found}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    assert on_ranks(2, save_all_cases, lambda rank: (folder,)) == [0, 0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = {(1, accumulate): all_cases(gdrt.Job(accumulate=accumulate)) for accumulate in (1, 2)}
+    torch.set_num_threads(threads)
+    for accumulate in 1, 2:
+        found[2, accumulate] = torch.load(folder / f"{accumulate}-0.pt", weights_only=True)
+        other = torch.load(folder / f"{accumulate}-1.pt", weights_only=True)
+        for name in OBJECTIVES:
+            assert torch.equal(found[2, accumulate]["curves"][name][1], other["curves"][name][1]), "ranks drift apart"
+    return found
+
+
+def test_the_cases_are_what_they_are_meant_to_be():
+    _, _, trees, group = world()
+    tokens = [len(tree.label) for tree in trees]
+    groups = [set(group[tree.item, tree.step].tolist()) for tree in trees]
+    assert len(set(tokens)) > 3 and 3 in groups[0] and 2 in groups[1]
+    assert all(3 not in g for g in groups[1:]) and all(2 not in g for g in groups[:1] + groups[2:])
+
+
+@pytest.mark.parametrize("setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_and_q_are_those_of_one_pass(cases, setting, name):
+    for batch in BATCHES:
+        gradient, line, log_q = cases[setting][batch][name]
+        expected, single, single_log_q = cases[1, 1][batch][name]
+        assert expected.norm() > 0.01
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), batch
+        assert torch.allclose(log_q, single_log_q, atol=1e-5), batch
+        assert line["n"] == single["n"] and (0 in line["n"]) == (batch != "uneven, groups on one rank")
+        for key in "loss", "nll", "group_nll", "q", "grad_norm":
+            assert line[key] == pytest.approx(single[key], rel=1e-5, abs=1e-6), (batch, key)
+
+
+@pytest.mark.parametrize("setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_training_curves_are_those_of_one_pass(cases, setting, name):
+    lines, weights = cases[setting]["curves"][name]
+    single, expected = cases[1, 1]["curves"][name]
+    for i, (line, other) in enumerate(zip(lines, single, strict=True)):
+        for key in "loss", "nll", "group_nll", "q":
+            assert line[key] == pytest.approx(other[key], rel=1e-5, abs=1e-5), (i, key)
+    assert (weights - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
+    """The reference of the tests above is itself right: update() against backward through gdrt_loss."""
+    model, prompts, trees, group = world()
+    batch = gdrt.collate(trees)
+    nll = torch.nn.functional.cross_entropy(gdrt.target_logits(model, batch), batch.label, reduction="none")
+    loss, q, _ = gdrt.gdrt_loss(nll, group[batch.item, batch.step], K, 0.7)
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected *= min(1, gdrt.CLIP / expected.norm())
+    gradient, line, _ = cases[1, 1]["uneven, groups on one rank"]["gdrt"]
+    assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert line["q"] == pytest.approx(q.tolist(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def lines_of(folder, stage):
+    return [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(steady, tmp_path_factory):
+    """(flags, folder with the run `one` of one process)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    flags = [*steady, "--loss", "sft", "gdrt", "group-dro", "--out", str(folder)]
+    process = start(command, [*flags, "--name", "one"], folder / "log")
+    process.join(180)
+    assert process.exitcode == 0, (folder / "log").read_text()
+    return flags, folder
+
+
+def test_torchrun_trains_what_one_process_trains(one):
+    """The whole command under the real torchrun: rank 0 alone evaluates and writes."""
+    flags, folder = one
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                          str(ROOT / "gdrt.py"), *flags, "--name", "two"], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("popularity") == 1, "both ranks print"
+    assert sorted(str(p.relative_to(folder / "two")) for p in (folder / "two").rglob("*")) == sorted(
+        str(p.relative_to(folder / "one")) for p in (folder / "one").rglob("*"))
+    for stage in "warmup", "sft", "gdrt", "group-dro":
+        one, two = lines_of(folder / "one", stage), lines_of(folder / "two", stage)
+        for a, b in zip(one, two, strict=True):
+            assert a["step"] == b["step"] and a["n"] == b["n"]
+            for key in "loss", "nll", "group_nll", "q":
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (stage, a["step"], key)
+    metrics = [json.loads((folder / name / "gdrt" / "metrics.json").read_text())["test"] for name in ("one", "two")]
+    assert metrics[0]["NLL"] == pytest.approx(metrics[1]["NLL"], rel=1e-4)
+
+
+def patient():
+    gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
+    options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
+    assert options._timeout.total_seconds() > 86400, "ranks that wait for an evaluation of hours give up"
+
+
+def test_ranks_wait_as_long_as_an_evaluation_takes():
+    assert on_ranks(2, patient, lambda rank: ()) == [0, 0]
+
+
+def test_an_error_on_rank_0_does_not_hang_the_others(one):
+    """Without torchrun, which would end them all: rank 0 alone sees that the run is there already."""
+    flags, folder = one
+    codes = on_ranks(2, command, lambda rank: ([*flags, "--name", "one"], folder / f"log{rank}"))
+    assert codes[0] == 2 and codes[1] != 0
+    assert "holds a run: add --resume" in (folder / "log0").read_text()
+
+
+def fail_on_rank_0(name):
+    original = getattr(gdrt, name)
+
+    def failing(*args, **more):
+        if os.environ["RANK"] == "0":
+            raise OSError(28, "No space left on device", "checkpoint.pt")
+        return original(*args, **more)
+    setattr(gdrt, name, failing)
+
+
+@pytest.mark.parametrize("name", ["save_checkpoint", "evaluate_model"])
+def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
+    flags = [*steady, "--loss", "sft", "--out", str(tmp_path)]
+    codes = on_ranks(2, command, lambda rank: (flags, tmp_path / f"log{rank}", fail_on_rank_0, name))
+    assert codes[0] == 2 and codes[1] != 0
+    assert (tmp_path / "log0").read_text().splitlines()[-1].startswith("gdrt.py: checkpoint.pt: No space left on device;")
+
+
+def press_on_rank_1(number):
+    original, calls = gdrt.update, []
+
+    def pressed(*args, **more):
+        calls.append(1)
+        if len(calls) == number and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)  # what torchrun makes of Ctrl-C
+        return original(*args, **more)
+    gdrt.update = pressed
+
+
+def test_a_signal_to_one_rank_stops_all_after_one_update(steady, tmp_path):
+    flags = [*steady, "--out", str(tmp_path), "--name", "two", "--loss", "gdrt", "--windows", "60", "--no-test"]
+    assert on_ranks(2, command, lambda rank: (flags, tmp_path / f"log{rank}", press_on_rank_1, 2)) == [130, 130]
+    assert torch.load(tmp_path / "two" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == 2
+    words = (tmp_path / "log0").read_text().splitlines()[-1]
+    again = re.fullmatch(r"interrupted; go on with: torchrun --nproc-per-node 2 gdrt.py (.* --resume)", words)[1]
+    assert "interrupted" not in (tmp_path / "log1").read_text()
+    assert on_ranks(2, command, lambda rank: (shlex.split(again), tmp_path / f"log{rank}")) == [0, 0]
+    steps = [line["step"] for stage in ("warmup", "gdrt") for line in lines_of(tmp_path / "two", stage)]
+    assert steps == list(range(len(steps))) and len(steps) > 6

@@ -1,0 +1,400 @@
+"""What goes wrong ends in one sentence and exit code 2, and nothing that was written before is lost."""
+import ast
+import contextlib
+import json
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, contents, write_folder
+
+import data
+import gdrt
+from data import intact, load_dataset
+
+LINUX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(flags) -> the one sentence with which gdrt.py ends, exit code 2."""
+    def run(flags):
+        with pytest.raises(SystemExit) as end:
+            gdrt.main([str(flag) for flag in flags])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """(flags, contents of a run that nothing happened to)."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = [*small, "--loss", "gdrt"]
+    gdrt.main([*flags, "--out", str(folder), "--name", "run"])
+    return flags, contents(folder / "run")
+
+
+# ------------------------------------------------------------------------------------------------ the disk is full
+
+@contextlib.contextmanager
+def full_disk(module, part):
+    """Files that `module` opens for writing and that have `part` in their names take nothing: a real ENOSPC."""
+    def opener(path, mode="r", **more):
+        return open("/dev/full" if part in str(path) and mode[0] in "wa" else path, mode, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "open", opener, raising=False)
+        yield
+
+
+@LINUX
+@pytest.mark.parametrize("module, part", [
+    (gdrt, "metrics.jsonl"), (data, "metrics.jsonl"), (data, "checkpoint.pt"), (data, "groups.json"), (data, "predictions.jsonl"),
+    (data, "evaluation.json"), (data, "metrics.json"), (data, "config.json")])
+def test_a_full_disk_costs_nothing_that_was_there(whole, tmp_path, fails, module, part):
+    flags, expected = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    with full_disk(module, part):
+        assert "No space left on device; what was written before is whole: mend it and add --resume" in fails(flags)
+    gdrt.main([*flags, *(["--resume"] if (tmp_path / "run" / "config.json").exists() else [])])
+    assert contents(tmp_path / "run") == expected
+
+
+def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, fails, monkeypatch):
+    flags, expected = whole
+    flags, saves, save = [*flags, "--out", str(tmp_path), "--name", "run"], [], torch.save
+
+    def half(state, file):
+        saves.append(state["step"])
+        if len(saves) == 3:
+            file.write(b"PK half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+    monkeypatch.setattr(torch, "save", half)
+    assert "No space left" in fails(flags)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == saves[1]
+    assert not list(tmp_path.rglob(".*")), "half a file is left"
+    gdrt.main([*flags, "--resume"])
+    assert contents(tmp_path / "run") == expected
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """Writing beyond `size` bytes of any file fails, in Python, in torch and in safetensors alike."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_limit_on_file_size_costs_nothing_that_was_there(whole, tmp_path, fails):
+    """The writers of torch and safetensors are not Python's: this is how they meet a real limit."""
+    flags, expected = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    with small_files(60_000):  # smaller than a checkpoint
+        assert "File too large" in fails(flags)
+    assert not list(tmp_path.rglob("*.pt"))
+    gdrt.main([*flags, "--resume"])
+    assert contents(tmp_path / "run") == expected
+
+
+# ------------------------------------------------------------------------------------------------ the cache
+
+@pytest.fixture
+def tiny(small, monkeypatch, tmp_path):
+    """start(cache) -> model: gdrt's tiny model with the pre-training replaced by a small model; start.trained counts it."""
+    arguments = gdrt.parser().parse_args(small)
+    dataset, source = load_dataset(arguments.dataset), arguments.model
+
+    def pretrain(dataset, job):
+        start.trained += 1
+        return data.load_model(source)
+    monkeypatch.setattr(gdrt, "pretrain_tiny", pretrain)
+
+    def start(cache):
+        model, tokenizer = gdrt.start_model(gdrt.parser().parse_args(["--cache", str(cache)]), dataset, gdrt.Job())
+        assert tokenizer("Film").input_ids
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+    start.trained = 0
+    return start
+
+
+def test_the_tiny_model_is_trained_once_whatever_the_flags(tiny, tmp_path):
+    weights = tiny(tmp_path)
+    assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 1
+    kept, = tmp_path.iterdir()
+    assert intact(kept)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_damaged_tiny_model_in_the_cache_is_made_again(tiny, tmp_path, name, how):
+    weights = tiny(tmp_path)
+    path = next(tmp_path.iterdir()) / name
+    content = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + (b"" if how == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1:]))
+    assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 2
+    assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert len(tiny(tmp_path / "file" / "cache")) > 0
+    assert "cannot be written (Not a directory), going on without keeping" in capsys.readouterr().err
+    with small_files(1000):
+        assert len(tiny(tmp_path / "cache")) > 0
+    assert "cannot be written (Error while serializing: I/O error: File too large" in capsys.readouterr().err
+    assert not list((tmp_path / "cache").iterdir()), "half a model is left in the cache"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_cache_costs_only_time(tiny, tmp_path, capsys):
+    (tmp_path / "cache").mkdir(mode=0o500)
+    assert len(tiny(tmp_path / "cache")) > 0
+    assert "Permission denied" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ damaged runs
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def another_format(content, path):
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"format": 99}, path)
+
+
+DAMAGE = {
+    "another format": (another_format, "checkpoint format 99 where 1 belongs"),
+    "cut": (lambda content, path: path.write_bytes(content[:len(content) // 2]), "not a checkpoint of this run"),
+    "empty": (lambda content, path: path.write_bytes(b""), "not a checkpoint of this run"),
+    "text": (lambda content, path: path.write_text("hello\n"), "not a checkpoint of this run"),
+    "a list": (lambda content, path: torch.save([1], path), "not a checkpoint of this run"),
+    "another model": (lambda content, path: torch.save(torch.load(path, weights_only=True) | {"model": {}}, path), "not a checkpoint of this run"),
+    "code": (lambda content, path: path.write_bytes(pickle.dumps(Evil())), "not a checkpoint of this run"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_left_alone(whole, tmp_path, fails, how, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, expected = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    gdrt.main(flags)
+    path = tmp_path / "run" / "gdrt" / "checkpoint.pt"
+    damage, words = DAMAGE[how]
+    damage(path.read_bytes(), path)
+    damaged = path.read_bytes()
+    error = fails([*flags, "--resume"])
+    assert words in error and str(path) in error and path.read_bytes() == damaged and not Path("evil").exists()
+    path.unlink()  # as the sentence says
+    gdrt.main([*flags, "--resume"])
+    assert contents(tmp_path / "run") == expected
+
+
+@pytest.mark.parametrize("name", ["config.json", "groups.json", "gdrt/metrics.json", "before/evaluation.json"])
+def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
+    flags, _ = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    gdrt.main(flags)
+    path = tmp_path / "run" / name
+    path.write_text(path.read_text()[:50])
+    if name == "gdrt/metrics.json":  # made of the others, so it is made again
+        gdrt.main([*flags, "--resume"])
+        assert json.loads(path.read_text())["test"]
+    else:
+        assert f"{path}: not whole JSON" in fails([*flags, "--resume"])
+
+
+# ------------------------------------------------------------------------------------------------ training that fails
+
+def test_nan_stops_with_step_and_batch_and_keeps_the_last_checkpoint(whole, tmp_path, fails, monkeypatch):
+    flags, expected = whole
+    flags, calls, original = [*flags, "--out", str(tmp_path), "--name", "run"], [], gdrt.token_nll
+
+    def token_nll(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 6 else 1)
+    monkeypatch.setattr(gdrt, "token_nll", token_nll)
+    error = fails(flags)
+    assert re.search(r"update 5: loss nan with gradient norm nan on the batch of trees \d+, .*; the last checkpoint is kept; lower --lr", error)
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4 and all(torch.isfinite(weight).all() for weight in state["model"].values())
+    gdrt.main([*flags, "--resume"])
+    assert contents(tmp_path / "run") == expected
+
+
+def test_a_learning_rate_that_diverges_is_said(whole, tmp_path, fails):
+    flags, _ = whole
+    assert "lower --lr" in fails([*flags, "--out", tmp_path, "--lr", "1e30"])
+
+
+def test_memory_that_does_not_suffice_is_said(whole, tmp_path, fails, monkeypatch):
+    def token_nll(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(gdrt, "token_nll", token_nll)
+    assert "raise --accumulate" in fails([*whole[0], "--out", tmp_path])
+
+
+# ------------------------------------------------------------------------------------------------ datasets at the edge
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_fewer_titles_than_places_in_the_list(small, tmp_path):
+    folder = write_folder(tmp_path / "films", users=8, items=8)
+    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--keep-seen", "--loss", "gdrt"])
+    predictions = lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")
+    assert {len(line["titles"]) for line in predictions} == {8}
+    assert json.loads((tmp_path / "run" / "gdrt" / "metrics.json").read_text())["test"]["HR@10"] == 1
+
+
+def test_all_titles_but_the_target_seen(small, tmp_path):
+    folder = write_folder(tmp_path / "films", users=8, items=8)
+    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--loss", "gdrt"])
+    assert {len(line["titles"]) for line in lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")} == {1}
+
+
+def test_one_user(small, tmp_path):
+    folder = write_folder(tmp_path / "films", users=1)
+    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--batch", "1", "--groups", "2", "--loss", "gdrt"])
+    assert len(lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")) == 1
+
+
+def test_one_item(small, tmp_path, fails):
+    folder = write_folder(tmp_path / "films", items=1)
+    assert "no user has 5 ratings" in fails([*small, "--dataset", folder, "--out", tmp_path])
+
+
+@pytest.mark.parametrize("loss", ["gdrt", "group-dro"])
+def test_groups_that_are_not_in_every_batch(small, tmp_path, loss):
+    gdrt.main([*small, "--out", str(tmp_path), "--name", "run", "--batch", "1", "--epochs", "1", "--windows", "20", "--groups", "6",
+               "--loss", loss, "--no-test"])
+    lines = lines_of(tmp_path / "run" / loss / "metrics.jsonl")
+    assert any(0 in line["n"] for line in lines)
+    for line in lines:
+        absent = [q for q, n in zip(line["q"], line["n"]) if n == 0]
+        assert sum(line["q"]) == pytest.approx(1) and (not any(absent) if loss == "gdrt" else all(absent))
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+BAD = [
+    ("--groups 100000", "tokens; use fewer groups"), ("--groups 80", "leave group"), ("--groups 0", "should be positive"),
+    ("--groups 1.5", "invalid int value"), ("--tau 0", "should be positive"), ("--tau nan", "should be positive"),
+    ("--tau -1", "should be positive"), ("--tau warm", "invalid float value"), ("--warmup 2", "between 0 and 1"),
+    ("--warmup 0", "between 0 and 1"), ("--warmup nan", "between 0 and 1"), ("--lr 0", "should be positive"), ("--lr -1", "should be positive"),
+    ("--seed abc", "--seed"), ("--seed -1", "should lie between 0"), ("--eta nan", "should be positive"), ("--batch 0", "should be positive"),
+    ("--temperature 0", "should be positive"), ("--accumulate 0", "should be positive"), ("--history 0", "should be positive"),
+    ("--min-rating nan", "lower --min-rating"), ("--min-rating 9", "lower --min-rating"), ("--epochs 1e3", "invalid int value"),
+    ("--windows 0", "should be positive"), ("--windows 1 --epochs 1", "leave the losses none"), ("--save-every 0", "should be positive"),
+    ("--dataset nowhere", "--dataset nowhere: choose toy, ml-100k, ml-1m or an existing folder"), ("--dataset tests", "--dataset"),
+    ("--dataset ml-100k --data-dir nowhere", "--data-dir"), ("--model no/such", "--model no/such: cannot be loaded"),
+    ("--model tests", "--model tests: cannot be loaded"), ("--device tpu", "invalid choice"), ("--loss dpo", "invalid choice"),
+    ("--loss", "expected at least one argument"), ("--split random", "invalid choice"), ("--nonsense", "unrecognized arguments"),
+    ("--resum", "unrecognized arguments"), ("--resume", "there is no run in"), ("--name ..", "without slashes"), ("--name a/b", "without slashes"),
+    pytest.param("--device cuda", "shows no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD)
+def test_bad_flags_end_in_one_sentence(small, tmp_path, fails, monkeypatch, flags, words):
+    monkeypatch.chdir(ROOT)
+    assert words in fails([*small, "--out", tmp_path / "out", *flags.split()])
+    left = list(tmp_path.rglob("*.json"))
+    assert not left or flags == "--groups 80", "a start that failed leaves a run behind"
+
+
+def test_an_output_folder_that_cannot_be_made(small, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    assert "Not a directory" in fails([*small, "--out", tmp_path / "file" / "out"])
+
+
+# ------------------------------------------------------------------------------------------------ what the code never does
+
+def dangers(source):
+    """What a module does that it must not: (line, what)."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if name.endswith("torch.load") and words.get("weights_only") != "True":
+                found.append((node.lineno, "torch.load without weights_only=True"))
+            if re.search(r"^(pickle|marshal|shelve|dill|joblib)\.|^(eval|exec|compile|__import__)$|\.(load_pickle|read_pickle)$", name):
+                found.append((node.lineno, name))
+            if "trust_remote_code" in words or words.get("shell", "False") != "False" or "allow_pickle" in words:
+                found.append((node.lineno, ast.unparse(node)))
+            if re.search(r"^os\.(system|popen|spawn\w*|exec\w*)$|getoutput$", name):
+                found.append((node.lineno, name))
+            if re.search(r"^subprocess\.(run|Popen|call|check\w*)$", name) and not isinstance(node.args[0], (ast.List, ast.Name)):
+                found.append((node.lineno, "a command that is not a list"))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\b(http|ftp)://", node.value):
+            found.append((node.lineno, node.value))
+        if isinstance(node, ast.keyword) and node.arg in ("verify", "context") and ast.unparse(node.value) in ("False", "None"):
+            found.append((node.value.lineno, "a connection that is not checked"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["data.py", "attribution.py", "evaluate.py", "gdrt.py"])
+def test_no_pickles_no_remote_code_no_shell_https_only(name):
+    assert dangers((ROOT / name).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("line", [
+    "torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "eval('1')", "os.system('ls')", "subprocess.run('ls')",
+    "subprocess.run(['ls'], shell=True)", "X.from_pretrained(n, trust_remote_code=True)", "a = 'http://x.org'", "np.load(f, allow_pickle=True)"])
+def test_the_check_above_sees(line):
+    assert dangers(line)
+
+
+def listing(folder):
+    """{path: (size, mtime)} below a folder, byte code and git's own files apart."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and not {"__pycache__", ".git", ".pytest_cache", ".hypothesis"} & set(path.parts)}
+
+
+def writes_nothing_else(flags, tmp_path):
+    places = [tmp_path / name for name in ("home", "tmp", "cwd", "out", "cache")]
+    for place in places:
+        place.mkdir()
+    home, temporary, cwd, out, cache = places
+    hidden = {"HOME": str(home), "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(home / "c"), "XDG_CONFIG_HOME": str(home / "d"), "OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "MPL", "TORCH"))}
+    before = listing(ROOT)
+    done = subprocess.run([sys.executable, "-B", str(ROOT / "gdrt.py"), *flags, "--out", str(out), "--cache", str(cache)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, env=kept | hidden | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert [str(path) for place in (home, temporary, cwd) for path in place.rglob("*")] == []
+    assert listing(ROOT) == before and any(out.rglob("report.html"))
+    return done
+
+
+def test_nothing_is_written_outside_out_and_cache(small, tmp_path):
+    flags = [flag for flag in small if flag != "--no-report"]
+    done = writes_nothing_else([*flags, "--loss", "gdrt"], tmp_path)
+    assert "GDRT" in done.stdout
+
+
+@pytest.mark.slow
+def test_nothing_is_written_outside_out_and_cache_by_the_first_look(tmp_path):
+    writes_nothing_else(["--dataset", "toy", "--windows", "200", "--epochs", "1"], tmp_path)
+    assert [path.name[:5] for path in (tmp_path / "cache").iterdir()] == ["tiny-"]
