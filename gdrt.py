@@ -148,7 +148,6 @@ def group_dro_loss(nll, group, log_q, eta):
 import argparse
 import contextlib
 import copy
-import ctypes
 import datetime
 import hashlib
 import json
@@ -586,7 +585,10 @@ def run(args):
     windows = draw_windows(dataset.train, args.windows, args.seed)
     trees = build_trees(prompts, windows)
     updates = plan(trees, args.batch, args.epochs, args.seed)
-    if args.no_pack or not packs(model, prompts, windows, job.device):  # the same windows an update, one prompt a row
+    if not packs(model, prompts, windows, job.device):
+        raise InputError(f"--model {args.model}: packed prompts do not get the probabilities of separate ones, so its attention does not "
+                         f"follow the mask that training and ranking rely on; choose another model")
+    if args.no_pack:  # the same windows an update, one prompt a row
         updates = [[i for t in update for i in np.unique(trees[t].window).tolist()] for update in updates]
         trees = build_trees(prompts, windows, pack=False)
     steps, shared = len(updates), max(1, round(args.warmup * len(updates)))
@@ -750,11 +752,9 @@ def main(argv=None):
 
 
 def bound_memory():
-    """Keep what oneDNN and glibc hold back small: batches of ever-new shapes would fill 4 GB where 1 is enough (our choice)."""
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # kernels by shape; read at their first use
-        os.environ.setdefault(name, "64")
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: blocks from 1 MB up go back to the system when freed
+    """Keep few of oneDNN's kernels: it makes one for each new shape of a batch, and a default cache of 1,024 fills gigabytes."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at their first use
+        os.environ.setdefault(name, "64")  # an update needs about 20
 
 
 def complain(error):

@@ -1,0 +1,59 @@
+"""README.md against the repository: its commands run, its quotations are the code, its files exist."""
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()
+            if line.startswith(("python ", "pip ", "torchrun "))]
+
+
+def run(line, folder):
+    """A README command in an empty folder, with the repository's script."""
+    words = shlex.split(line)
+    assert words[0] == "python"
+    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_loss_is_quoted_from_the_code():
+    quoted = re.search(r"```python\n(.*?)```", README, re.S)[1].strip()
+    assert quoted.startswith("def group_weights") and quoted in (ROOT / "gdrt.py").read_text(encoding="utf-8")
+
+
+def test_files_that_are_named_exist():
+    for name in re.findall(r"`((?:tests|benchmarks|results)/[\w./-]+|\w+\.(?:py|txt))`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_command_is_known_to_a_test():
+    """The offline ones run below; those that take minutes or the network run in the marked tests and in .ci/run."""
+    offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
+    rest = {"pip install -r requirements.txt", "python gdrt.py --dataset ml-100k", "python -m pytest -q"}
+    assert set(COMMANDS) - set(offline) <= rest | {line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))}
+
+
+def test_first_look(tmp_path, monkeypatch):
+    """The toy commands as written, one after the other, in an empty folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for line in COMMANDS:
+        if "toy" in line and line.startswith("python ") and "benchmarks/" not in line:
+            out = run(line, tmp_path)
+            if line == "python gdrt.py --dataset toy":
+                assert all(name in out for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "NDCG@10", "aux share"))
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_main_job(tmp_path, monkeypatch):
+    """Both models reach NDCG@10 of 0.065 on real users."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = run("python gdrt.py --dataset ml-100k", tmp_path)
+    for name in ("SFT", "GDRT"):
+        row = next(line.split() for line in out.splitlines() if line.startswith(name))
+        assert float(row[4]) >= 0.065
