@@ -175,7 +175,7 @@ def cut_groups(r, windows, n_groups):
     values, index = np.unique(r[known], return_inverse=True)
     mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
     if len(values) < n_groups:
-        raise InputError(f"--groups {n_groups}: there are {len(values)} different relevances; use fewer groups")
+        raise InputError(f"--groups {n_groups}: {len(values)} different relevances leave groups empty; use fewer groups")
     size, large = mass.sum() / n_groups, mass < 0
     while (mass[~large] > size).any():  # a tie that is too large for a group counts as a full one: the rest is cut evenly
         large = mass > size
@@ -184,6 +184,8 @@ def cut_groups(r, windows, n_groups):
     middle = (np.cumsum(weight) - weight / 2) / weight.sum()  # where each value's tokens lie in the sorted order
     place = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(place, weights=mass, minlength=n_groups) / mass.sum()
+    if (shares == 0).any():
+        raise InputError(f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups")
     group = np.full(r.shape, -1)
     group[known] = place[index]
     return group, [float(values[place == g][0]) for g in range(n_groups)], shares.tolist()

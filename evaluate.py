@@ -481,7 +481,7 @@ def evaluate_model(model, prompts, dataset, windows, group, n_groups, softmax="t
     if group is not None:
         g = group[item, step]
         metrics |= {"group NLL": by_group(full, g, n_groups), "group legal NLL": by_group(legal, g, n_groups)}
-        metrics["worst group NLL"] = max(x for x in metrics["group NLL"] if x is not None)
+        metrics["worst group NLL"] = max((x for x in metrics["group NLL"] if x is not None), default=None)
     return metrics, each, ranking
 
 

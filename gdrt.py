@@ -731,7 +731,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    bound_memory()
+    settle_libraries(args.cache)
     args.name = args.name or f"{Path(args.dataset).resolve().name}-{Path(args.model).resolve().name}-seed{args.seed}"
     try:
         if args.name in (".", "..") or set(args.name) & set("/\\"):
@@ -751,10 +751,14 @@ def main(argv=None):
         sys.exit(130)
 
 
-def bound_memory():
-    """Keep few of oneDNN's kernels: it makes one for each new shape of a batch, and a default cache of 1,024 fills gigabytes."""
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at their first use
+def settle_libraries(cache):
+    """Before their first use: few of oneDNN's kernels are kept, and what libraries cache goes where ours does.
+
+    oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")  # an update needs about 20
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
 
 
 def complain(error):

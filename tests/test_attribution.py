@@ -10,11 +10,11 @@ from conftest import continuations, prompt_of, random_prompts, random_windows, s
 from transformers.models.llama import modeling_llama
 
 import attribution
-from attribution import (AUXILIARY, attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
+from attribution import (attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
                          segment_ablation, segment_gradient)
 from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
 
-SEGMENTS = {"auxiliary": AUXILIARY, "user": (USER,)}
+SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
 
 
 @pytest.fixture
@@ -100,13 +100,13 @@ def test_forward_mode_equals_a_backward_per_target_token(toy, exact, monkeypatch
 
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_the_gradient_tends_to_the_ablation(toy, exact, name):
-    """The midpoint rule's error falls with the square of the step."""
+    """The midpoint rule's error is gone once the points are closer than the path's turns."""
     model, prompts = exact
-    batch = collate(build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)))
+    batch = collate(build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:2]))
     with measuring(model):
         ablation = segment_ablation(model, batch, SEGMENTS[name])
-        error = {m: float((segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm() / ablation.norm()) for m in (2, 16, 64)}
-    assert error[16] < error[2] / 3 and error[64] < min(0.02, error[16] / 6)
+        error = {m: float((segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm() / ablation.norm()) for m in (2, 32, 128)}
+    assert error[32] < error[2] / 4 and error[128] < min(0.005, error[32] / 10)
 
 
 @pytest.mark.parametrize("pack, softmax", [(True, "full"), (False, "full"), (True, "trie")])
@@ -120,7 +120,7 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
         found = segment_ablation(model, batch, SEGMENTS[name], legal and prompts.trie)
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
         if name == "auxiliary" and prompts.bos:  # BOS stays: with it at the baseline, too, the figures are others
-            others = explicit_ablation(model, prompts, windows, (*AUXILIARY, BOS), legal)
+            others = explicit_ablation(model, prompts, windows, (TEMPLATE, TITLE, BOS), legal)
             assert (others - expected).abs().max() > 1e-3
 
 
@@ -158,6 +158,13 @@ def test_batched_equals_single(toy, method):
             assert together[key] == pytest.approx((aux[n], user[n]), abs=2e-4, rel=1e-4)
 
 
+def test_dropout_has_no_part_in_it():
+    model, prompts = small_model(dropout=0.5), random_prompts(2)
+    trees = build_trees(prompts, random_windows(12, 3))
+    expected = attributions(model, trees)
+    assert all(np.array_equal(a, b) for a, b in zip(attributions(model.train(), trees), expected))
+
+
 def test_the_model_is_left_as_it_was(toy):
     dataset, model, _, prompts = toy
     before, attention = {name: p.clone() for name, p in model.named_parameters()}, model.config._attn_implementation
@@ -179,13 +186,19 @@ def by_decimals(logits, tangent, label):
 
 
 @pytest.mark.parametrize("lead", [0.0, 5.0, 15.0, 30.0, 60.0])
-def test_saturated_tokens_keep_their_digits(lead):
-    """The label leads by so many nats; near p = 1 the textbook form in fp32 is rounding noise, which the test shows."""
+@pytest.mark.parametrize("some", [False, True])
+def test_saturated_tokens_keep_their_digits(lead, some):
+    """The label leads by so many nats; near p = 1 the textbook form in fp32 is rounding noise, which the test shows.
+
+    some: only the first 25 of 50 tokens are legal.
+    """
     torch.manual_seed(0)
     logits, tangent, label = torch.randn(20, 50), torch.randn(20, 50) * 3, torch.arange(20)
     logits[torch.arange(20), label] = logits.max(1).values + lead
+    legal = (torch.arange(20).repeat_interleave(25), torch.arange(25).repeat(20), 26 * torch.arange(20)) if some else None
+    ours = log_prob_derivative(logits, tangent, label, legal)
+    logits, tangent = (x[:, :25] if some else x for x in (logits, tangent))
     exact = torch.tensor([by_decimals(*row) for row in zip(logits, tangent, label)], dtype=torch.float64)
-    ours = log_prob_derivative(logits, tangent, label)
     assert ours.dtype == torch.float32
     assert ((ours.double() - exact).abs() / exact.abs()).max() < 1e-4
     if lead >= 15:
@@ -206,21 +219,6 @@ def test_ratio():
     aux, user = np.array([0.0, 1.0, -3.0, 0.0, 2.0]), np.array([0.0, 1.0, 1.0, -2.0, 0.0])
     with np.errstate(all="raise"):
         assert ratio(aux, user).tolist() == [1, 0.5, 0.75, 0, 1]
-
-
-@pytest.mark.parametrize("name", SEGMENTS)
-def test_legal_continuations(toy, exact, name):
-    """With a trie both attributions are of log p over legal continuations: masked by hand, one backward per token."""
-    model, prompts = exact
-    windows = toy[0].train[:4] + random_windows(len(toy[0].titles), 1, users=1, length=9)
-    batch = collate(build_trees(prompts, windows))
-    with measuring(model):
-        for steps, points in ((1, [0.5]), (2, [0.25, 0.75])):
-            expected = sum(by_backwards(model, prompts, windows, SEGMENTS[name], s, legal=True) for s in points) / steps
-            ours = in_order(batch, segment_gradient(model, batch, SEGMENTS[name], steps, prompts.trie))
-            assert expected.abs().max() > 0.1 and (ours - expected).abs().max() < 1e-6 * expected.abs().max()
-        expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal=True)
-        assert (in_order(batch, segment_ablation(model, batch, SEGMENTS[name], prompts.trie)) - expected).abs().max() < 1e-9
 
 
 # ------------------------------------------------------------------------------------------------ relevance
@@ -252,13 +250,13 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
             if method == "ablation":
                 A = [explicit_ablation(model, prompts, [window], segment, legal) for segment in SEGMENTS.values()]
             else:
-                A = [sum(by_backwards(model, prompts, [window], segment, s, legal) for s in (0.25, 0.75)) / 2
+                points = [(j + 0.5) / attribution.STEPS for j in range(attribution.STEPS)]
+                A = [sum(by_backwards(model, prompts, [window], segment, s, legal) for s in points) / len(points)
                      for segment in SEGMENTS.values()]
             for j, (aux, user) in enumerate(zip(*A)):
                 aux, user = abs(float(aux)), abs(float(user))
                 r_token = 1.0 if len(legal[tuple(prompts.titles[window.items[window.stop]][:j])]) == 1 else aux / (aux + user)
                 expected.setdefault((window.items[window.stop], j), []).append(r_token)
-    assert attribution.STEPS == 2 and attribution.WINDOWS_PER_TITLE == 2
     for (item, j), values in expected.items():
         assert r[item, j] == pytest.approx(sum(values) / len(values), abs=1e-3)
     assert (~np.isnan(r)).sum() == len(expected) and 0 < sum(values == [1.0, 1.0] for values in expected.values()) < len(expected) / 2
