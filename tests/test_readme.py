@@ -32,12 +32,13 @@ def test_files_that_are_named_exist():
 
 
 def test_every_command_is_known_to_a_test():
-    """The offline ones run below; those that take minutes or the network run in the marked tests and in .ci/run."""
+    """The toy ones run below, those that need the network in the marked tests, the install and the tests themselves in .ci/run."""
     offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
     rest = {"pip install -r requirements.txt", "python gdrt.py --dataset ml-100k", "python -m pytest -q"}
     assert set(COMMANDS) - set(offline) <= rest | {line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))}
 
 
+@pytest.mark.slow
 def test_first_look(tmp_path, monkeypatch):
     """The toy commands as written, one after the other, in an empty folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

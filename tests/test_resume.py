@@ -134,6 +134,7 @@ def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
 def press(name, number):
     """Ctrl-C at the `number`th call of gdrt.name, from 1."""
     original, calls = getattr(gdrt, name), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with it ignored
 
     def pressed(*args, **more):
         calls.append(1)
