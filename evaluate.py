@@ -8,7 +8,6 @@ import argparse
 import functools
 import io
 import json
-import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from transformers import DynamicCache
 from attribution import (attributions, format_table, html_details, html_heatmap, html_links, html_lists, html_page, html_section,
                          html_table, html_text)
 from data import (InputError, Window, build_trees, by_length, collate, flat_ranges, legal_tokens, load_dataset, load_run,
-                  log_softmax_over, logits_at, read_json, run_command, target_logits, write_atomic)
+                  log_softmax_over, logits_at, read_json, run_command, squeeze, target_logits, write_atomic)
 
 
 # ------------------------------------------------------------------------------------------------ exact search
@@ -368,11 +367,12 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
         place = f"{path}:{number}"
         if not isinstance(line, dict) or "user" not in line or not isinstance(line.get("titles"), list):
             raise InputError(f'{place}: should be an object with "user", "position" and a list "titles"')
-        key, name = (str(line["user"]), line.get("position")), f"user {line['user']}, position {line.get('position')}"
+        key = str(line["user"]), line.get("position")
+        name = squeeze(f"user {key[0]}, position {key[1]}")
         if not isinstance(key[1], (int, type(None))) or key not in left:
             raise InputError(f"{place}: {name} is no test window of {dataset.name}; predict the same split")
         if key in several:
-            raise InputError(f'{place}: user {key[0]} has several test windows; say which by "position"')
+            raise InputError(f'{place}: {name.split(",")[0]} has several test windows; say which by "position"')
         fits = [i for i in left[key] if line.get("target") in (None, dataset.titles[windows[i].items[windows[i].stop]])]
         if not fits:
             raise InputError(f"{place}: {name} has another target than {line['target']!r}; predict the same split")
@@ -386,7 +386,7 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
                 raise InputError(f"{place}: {title!r} is no title of {dataset.name}; spell titles as its predictions.jsonl does")
         if len(set(titles)) < len(titles):
             raise InputError(f"{place}: {max(titles, key=titles.count)!r} is listed twice; list each title once")
-        if not isinstance(given, list) or len(given) != len(titles) or not all(type(x) in (int, float) and math.isfinite(x) for x in given):
+        if not isinstance(given, list) or len(given) != len(titles) or not all(type(x) in (int, float) and abs(x) < 1e300 for x in given):
             raise InputError(f"{place}: scores should be {len(titles)} finite numbers, one a title; NaN is no score")
         if any(a < b for a, b in zip(given, given[1:])):
             raise InputError(f"{place}: scores rise along the list; put the best title first")

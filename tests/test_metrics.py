@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
@@ -357,6 +359,28 @@ def test_windows_that_share_user_and_position(tmp_path):
         read([lists[0], lists[1], lists[2], bob])
     with pytest.raises(InputError, match="several test windows"):
         read([{key: lists[0][key] for key in ("user", "titles")}, bob])
+
+
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.integers(10**308, 10**400) | st.floats() | st.text(max_size=6), lambda inner:
+                           st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6)
+LINES = st.fixed_dictionaries({}, optional={
+    "user": st.sampled_from(["ann", "bob", "eve\n"]) | JSON_VALUES, "position": st.sampled_from([4, 3, None]) | JSON_VALUES, "target": JSON_VALUES,
+    "titles": st.permutations([f"Title {i}" for i in range(8)]).map(lambda titles: titles[:4]) | st.lists(JSON_VALUES, max_size=3) | JSON_VALUES,
+    "scores": st.lists(st.integers() | st.floats(), min_size=4, max_size=4) | JSON_VALUES})
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(LINES.map(json.dumps) | JSON_VALUES.map(json.dumps) | st.text(max_size=20), max_size=4), st.booleans())
+def test_predictions_refused_or_read_whatever_they_hold(tmp_path, lines, allow):
+    dataset = small()
+    file = tmp_path / "lists.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8", errors="replace")
+    try:
+        items, scores, _ = evaluate.read_predictions(file, dataset, dataset.test, allow_missing=allow)
+    except InputError as error:
+        assert str(error).startswith(str(file)) and "\n" not in str(error)
+        return
+    assert items.shape == scores.shape == (2, 10) and items.max() < 8 and not np.isnan(scores).any()
 
 
 def test_written_predictions_are_read_back(tmp_path):
