@@ -929,9 +929,12 @@ def load_run(folder, cache=None, data_dir=None):
 
 
 def run_command(main):
-    """Run a command's main(): an InputError becomes one sentence on stderr and exit code 2."""
+    """Run a command's main(): an InputError or OSError becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"{Path(sys.argv[0]).name}: {error.filename or 'writing'}: {error.strerror or error}; name another place", file=sys.stderr)
         sys.exit(2)

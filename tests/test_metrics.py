@@ -215,7 +215,7 @@ def test_users_keep_their_windows():
 
 
 def test_resample_equals_a_loop():
-    """The vectorised bootstrap, draw by draw, from the same counts."""
+    """The vectorised bootstrap, draw by draw, from the same counts: of users in the order in which they come."""
     source = np.random.default_rng(8)
     users, values = np.array([4, 4, 9, 2, 2, 2]), source.normal(size=(2, 6, 3))
     statistic = lambda mean: np.abs(mean).max(-1)  # noqa: E731
@@ -224,10 +224,33 @@ def test_resample_equals_a_loop():
     for i in range(0, evaluate.DRAWS, 97):
         total = 0.0
         for s in range(2):
-            picked = [values[s, j] for u, times in zip((2, 4, 9), taken[i]) for _ in range(int(times)) for j in np.flatnonzero(users == u)]
+            picked = [values[s, j] for u, times in zip((4, 9, 2), taken[i]) for _ in range(int(times)) for j in np.flatnonzero(users == u)]
             total += seeds[i, s] / 2 * max(abs(sum(p[g] for p in picked)) / len(picked) for g in range(3))
         assert drawn[i] == pytest.approx(total)
     assert (taken.sum(1) == 3).all() and (seeds.sum(1) == 2).all()
+
+
+def test_ids_draw_as_indices_do():
+    """A user's number and its name, which sort differently, give the same interval: report and command agree."""
+    x, users = np.random.default_rng(4).normal(size=(1, 30)), np.arange(30)
+    assert evaluate.interval(x, users) == evaluate.interval(x, [str(u) for u in users])
+
+
+def test_interval_of_a_size_covers():
+    """Lists that are nearly fair: chance adds to MGU, twice where lists are drawn from lists, and the interval allows for it."""
+    source, GH, truth = np.random.default_rng(2), np.full(5, 0.2), 0.004
+    users, statistic, held, percentiles = np.arange(150), lambda mean: evaluate.fairness(mean, GH)[0], 0, 0
+    for _ in range(100):
+        lists = source.multinomial(10, [0.21, 0.19, 0.2, 0.2, 0.2], 150)[None] / 10  # (1, n, G)
+        _, low, high = evaluate.interval(lists, users, statistic)
+        held += 0 <= low <= truth <= high
+        low, high = np.percentile(evaluate.resample(lists, users, statistic), (2.5, 97.5))
+        percentiles += low <= truth <= high
+    assert held >= 78 and percentiles <= 37  # expected 88 and 24, each with 3 sd
+    flat = np.tile(np.array([0.6, 0.1, 0.1, 0.1, 0.1]), (1, 9, 1))  # no chance in it: the interval is the value
+    assert evaluate.interval(flat, np.arange(9), statistic) == pytest.approx((0.16, 0.16, 0.16))
+    fair = np.full((1, 9, 5), 0.2)
+    assert evaluate.interval(fair, np.arange(9), statistic, against=flat) == pytest.approx((-0.16, -0.16, -0.16))  # a difference has a sign
 
 
 def test_seeds_are_crossed():
@@ -270,6 +293,16 @@ def test_seeds_of_one_configuration_are_pooled():
     assert header == ("", "sft seeds 0,1", "gdrt seeds 0,1", "gdrt seeds 0,1 less sft seeds 0,1")
     assert table["HR@5"][0].startswith("1.0000 [1.0000") and table["NDCG@5"][1].startswith("1.0000") and table["coverage@5"][2] == ""
     assert evaluate.format_table(header, rows).count("\n") == len(rows) + 1
+
+
+def test_thirds_of_a_pool_are_means_over_seeds():
+    dataset, lists = small(), np.array([[4, 5, 6, 7, 3], [2, 3, 6, 7, 0]])
+    seeds = [fake_run("sft", seed, rows, dataset)["metrics"] for seed, rows in enumerate((lists, lists[:, ::-1]))]
+    one, two = (seed["by user activity"]["tail"]["NDCG@10"] for seed in seeds)
+    assert one != two
+    header, rows = evaluate.thirds_table({"sft": seeds, "first": seeds[:1]}, "by user activity")
+    assert header == ("by user activity", "training positives", "n", "sft", "first")
+    assert rows == [("tail", "4 to 4", 2, f"{(one + two) / 2:.4f}", f"{one:.4f}")]
 
 
 def test_mgu_of_resampled_lists():
@@ -327,6 +360,25 @@ def test_predictions_refused(tmp_path, lines, says):
     with pytest.raises(InputError) as error:
         read(tmp_path, *lines)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_equal_scores_beyond_the_tenth_find_nothing(tmp_path):
+    """The whole catalogue with one score, the target first: its mean rank among all is no hit. A longer list changes nothing else."""
+    dataset, path = small(items=40), tmp_path / "lists.jsonl"
+
+    def metrics(scores):
+        titles = [[f"Title {i}" for i in range(40) if i not in range(4)], [f"Title {i}" for i in (2, *range(6, 40), 3)]]
+        path.write_text("".join(json.dumps({"user": user, "titles": row, "scores": [scores(i) for i in range(36)]}) + "\n"
+                                for user, row in zip(("ann", "bob"), titles)))
+        items, given, missing = evaluate.read_predictions(path, dataset, dataset.test)
+        assert not any(missing.values())
+        return evaluate.list_metrics(dataset, dataset.test, items, given)[0], items.shape
+    constant, shape = metrics(lambda i: 0.5)
+    assert constant["HR@10"] == constant["MRR@10"] == 0 and shape == (2, 36)
+    falling, shape = metrics(lambda i: -i)
+    assert falling["MRR@10"] == 1 and shape == (2, 10)
+    tied, shape = metrics(lambda i: -min(i, 8))  # from the ninth on
+    assert tied["MRR@10"] == 1 and shape == (2, 36) and tied["coverage@10"] == falling["coverage@10"] and tied["MGU@10"] == falling["MGU@10"]
 
 
 def test_files_refused(tmp_path):
@@ -414,6 +466,13 @@ def test_command_refuses(argv, says, monkeypatch, tmp_path):
     with pytest.raises(InputError) as error:
         evaluate.main(argv)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_files_of_one_name(tmp_path):
+    copy = tmp_path / EXAMPLE.name
+    copy.write_bytes(EXAMPLE.read_bytes())
+    with pytest.raises(InputError, match="rename the file"):
+        evaluate.main(["--dataset", "toy", "--predictions", str(EXAMPLE), str(copy)])
 
 
 def test_a_run_without_model(tmp_path):

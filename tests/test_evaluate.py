@@ -1,0 +1,289 @@
+"""Held-out likelihood, the audit and the command: against separate prompts, explicit forwards, and what training wrote."""
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import continuations, prompt_of, random_prompts, random_windows, separate_logits, small_model
+from transformers import AutoModelForCausalLM
+
+import evaluate
+import gdrt
+from data import Dataset, InputError, Window, build_trees, run_command
+
+
+def world(users=5, seed=0):
+    """(model, prompts, windows, dataset): a random Llama, random titles, four windows for each of some users."""
+    prompts = random_prompts(seed)
+    windows = random_windows(len(prompts.titles), seed, users)
+    titles = [f"Title {i}" for i in range(len(prompts.titles))]
+    dataset = Dataset("small", "movies", titles, [("A",)] * len(titles), [f"u{i}" for i in range(users)], windows, windows, windows, {}, None, "")
+    return small_model(seed=seed), prompts, windows, dataset
+
+
+def by_hand(model, prompts, window):
+    """(full, legal) NLL (L,) of the target's tokens, EOS included, on the separate prompt."""
+    labels, legal = prompts.titles[window.items[window.stop]] + [prompts.eos], continuations(prompts)
+    with torch.no_grad():
+        logits = separate_logits(model, prompts, window).double()
+    full = [float(z.logsumexp(0) - z[y]) for z, y in zip(logits, labels)]
+    return full, [float(z[legal[tuple(labels[:j])]].logsumexp(0) - z[y]) for j, (z, y) in enumerate(zip(logits, labels))]
+
+
+# ------------------------------------------------------------------------------------------------ held-out likelihood
+
+def test_nlls_are_those_of_separate_prompts():
+    model, prompts, windows, dataset = world()
+    group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))  # group 3 is empty
+    metrics, each, ranking = evaluate.evaluate_model(model, prompts, dataset, windows, group, 4)
+    full, legal, groups = [], [], {g: [] for g in range(4)}
+    for window in windows:
+        tokens = by_hand(model, prompts, window)
+        full.append(sum(tokens[0])), legal.append(sum(tokens[1]))
+        for j, pair in enumerate(zip(*tokens)):
+            groups[group[window.items[window.stop], j]].append(pair)
+    assert each["NLL"] == pytest.approx(full, abs=1e-4) and each["legal NLL"] == pytest.approx(legal, abs=1e-4)
+    assert metrics["NLL"] == pytest.approx(np.mean(full), abs=1e-4) and metrics["legal NLL"] == pytest.approx(np.mean(legal), abs=1e-4)
+    means = [np.mean(groups[g], 0) for g in range(3)]
+    assert metrics["group NLL"] == [*(pytest.approx(m[0], abs=1e-4) for m in means), None]
+    assert metrics["group legal NLL"] == [*(pytest.approx(m[1], abs=1e-4) for m in means), None]
+    assert metrics["worst group NLL"] == pytest.approx(max(m[0] for m in means), abs=1e-4)
+    assert metrics["NDCG@10"] == pytest.approx(each["NDCG@10"].mean()) and len(ranking.items) == len(windows)
+    json.dumps(metrics)
+
+
+# ------------------------------------------------------------------------------------------------ audit
+
+def attribution_by_hand(model, prompts, window, points=None):
+    """{"aux" | "user": A (L,)} on the separate prompt: by ablation, or by one backward a token at the path's midpoints."""
+    labels = prompts.titles[window.items[window.stop]] + [prompts.eos]
+    prompt, weight = prompt_of(prompts, window), model.get_input_embeddings().weight.detach()
+    E = weight[torch.tensor(prompt + labels[:-1])]  # (T, D)
+    first, last = len(prompts.bos + prompts.task), len(prompt) - len(prompts.marker)
+    user = torch.zeros(len(E), 1)
+    user[first:last] = 1
+    aux = 1 - user
+    aux[:len(prompts.bos)] = 0
+
+    def log_prob(embeds):
+        logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1:]
+        return logits.log_softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
+    found = {}
+    for name, inside in (("aux", aux), ("user", user)):
+        delta = (E - weight.mean(0)) * inside
+        if points is None:
+            with torch.no_grad():
+                found[name] = (log_prob(E) - log_prob(E - delta)).numpy()
+            continue
+        total = np.zeros(len(labels))
+        for j in range(points):
+            s = torch.tensor((j + 0.5) / points, requires_grad=True)
+            out = log_prob(E - (1 - s) * delta)
+            total += [float(torch.autograd.grad(x, s, retain_graph=True)[0]) for x in out]
+        found[name] = total / points
+    return found
+
+
+def test_auxiliary_shares_by_hand():
+    """All tokens, first tokens, by group, by place in the title: sums of |A| over windows, then one quotient."""
+    model, prompts, windows, _ = world(users=2)
+    group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))
+    found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
+    for method, points in (("ablation", None), ("gradient", 2)):
+        tokens = []  # (step, group, |A_aux|, |A_user|)
+        for window in windows:
+            A = attribution_by_hand(model, prompts, window, points)
+            tokens += [(j, group[window.items[window.stop], j], abs(a), abs(u)) for j, (a, u) in enumerate(zip(A["aux"], A["user"]))]
+
+        def share(some):
+            aux, user = (sum(token[i] for token in tokens if some(token)) for i in (2, 3))
+            return pytest.approx(aux / (aux + user), rel=1e-3) if aux + user else None
+        assert found[method]["auxiliary share"] == share(lambda token: True)
+        assert found[method]["auxiliary share first"] == share(lambda token: token[0] == 0)
+        assert found[method]["by group"] == [share(lambda token, g=g: token[1] == g) for g in range(4)]
+        places = min(8, 1 + max(token[0] for token in tokens))
+        assert found[method]["by position"] == [share(lambda token, j=j: token[0] == j) for j in range(places)]
+    assert found["ablation"]["by group"][3] is None and found["windows"] == len(windows)
+    assert found["legal ablation"]["auxiliary share"] != found["ablation"]["auxiliary share"]
+
+
+def test_the_audit_reads_a_sample(monkeypatch):
+    model, prompts, windows, _ = world(users=3)
+    monkeypatch.setattr(evaluate, "AUDITED", 5)
+    chosen = sorted(np.random.default_rng(0).permutation(len(windows))[:5].tolist())
+    sampled, alone = (evaluate.audit(model, prompts, some, None, 0, ndcg) for some, ndcg in (
+        (windows, np.arange(12.0)), ([windows[i] for i in chosen], np.array(chosen, dtype=float))))
+    assert sampled == alone and sampled["windows"] == 5 and "by group" not in sampled["ablation"]
+
+
+@pytest.mark.parametrize("counts", [[1] * 9, [4] * 6, [7, 1, 1, 5, 1], [3, 3], [2, 1, 1]])
+def test_histories_are_shuffled_between_users(counts):
+    """Each history once, never to a user of its own; targets stay."""
+    windows = [Window(user, tuple(range(20 * user, 20 * user + 12)), j, j + 3) for user, n in enumerate(counts) for j in range(n)]
+    source = np.random.default_rng(0)
+    windows = [windows[i] for i in source.permutation(len(windows))]
+    for seed in range(5):
+        shuffled = evaluate.shuffle_histories(windows, seed)
+        for own, got in zip(windows, shuffled):
+            assert got.items[got.stop] == own.items[own.stop] and got.user == own.user and len(got.items[got.start:got.stop]) == 3
+            assert all(item // 20 != own.user for item in got.items[got.start:got.stop])
+        assert sorted(w.items[w.start:w.stop] for w in shuffled) == sorted(w.items[w.start:w.stop] for w in windows)
+
+
+def test_what_shuffled_histories_lose():
+    """NDCG@10 given, less that of lists for the shuffled histories in which seen titles are still the user's own."""
+    model, prompts, windows, _ = world()
+    own = np.linspace(0.5, 1, len(windows))
+    found = evaluate.audit(model, prompts, windows, None, 0, own)["NDCG@10 lost by shuffled histories"]
+    total = 0.0
+    for window, mixed in zip(windows, evaluate.shuffle_histories(windows, 0)):
+        target, scores = window.items[window.stop], {}
+        for item in set(range(len(prompts.titles))) - set(window.items[:window.stop]):
+            scores[item] = -sum(by_hand(model, prompts, mixed._replace(items=mixed.items[:mixed.stop] + (item,)))[1])
+        rank = 1 + sum(score > scores[target] for score in scores.values())
+        total += 1 / np.log2(rank + 1) if rank <= 10 else 0
+    assert found == pytest.approx(own.mean() - total / len(windows), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ the command, on real runs
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Folder with runs of gdrt.py: `zero` and `one`, which differ in the seed, and `untested`, with --no-test."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, flags in (("zero", ["--seed", "0"]), ("one", ["--seed", "1"]), ("untested", ["--no-test", "--loss", "sft"])):
+        gdrt.main([*small, *flags, "--epochs", "1", "--out", str(folder), "--name", name])
+    return folder
+
+
+def table_of(text):
+    """The rows of the printed comparison: {metric: [cells]}; a cell with an interval is (value, low, high)."""
+    lines = text.split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("----")) + 1
+    rows = {}
+    for line in lines[start:lines.index(evaluate.NOTE)]:
+        name, *cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        rows[name] = [tuple(float(x.strip("[],*")) for x in cell.split()) for cell in cells]
+    return rows
+
+
+def test_recomputed_metrics_equal_those_of_training(runs, capsys):
+    evaluate.main([str(runs / "zero")])
+    out = capsys.readouterr().out
+    for loss in "sft", "gdrt":
+        assert f"{runs / 'zero' / loss}: metrics equal those that training wrote" in out
+        written, found = json.loads((runs / "zero" / loss / "metrics.json").read_text())["test"], evaluate.evaluate_run(runs / "zero" / loss)
+        assert found["moved"] == {} and found["part"] == "test" and list(found["metrics"]) == list(written)
+        assert json.loads(json.dumps(found["metrics"])) == written  # here, on one machine, to the last digit
+        rows = table_of(out)
+        for metric in ("NDCG@10", "MGU@5", "genre DGU@10", "coverage@10", "legal NLL", "worst group NLL"):
+            assert rows[metric][["sft", "gdrt"].index(loss)][0] == pytest.approx(written[metric], abs=6e-5), metric
+    assert "sft seed 0" in out and "gdrt seed 0 less sft seed 0" in out and "by user activity" in out and "by item popularity" in out
+
+
+def test_other_figures_are_named(runs, tmp_path, capsys):
+    """A model that is not the one of metrics.json, in either way, is said to be so."""
+    shutil.copytree(runs / "zero", tmp_path / "run")
+    path = tmp_path / "run" / "sft" / "metrics.json"
+    written = json.loads(path.read_text())
+    was = written["test"]["NDCG@10"]
+    written["test"]["NDCG@10"] = was + 0.01
+    del written["test"]["MGU@5"]
+    path.write_text(json.dumps(written))
+    assert list(evaluate.evaluate_run(path.parent)["moved"]) == ["NDCG@10", "MGU@5"]
+    evaluate.main([str(path.parent)])
+    assert f"{path.parent}: training wrote other figures: NDCG@10 {was + 0.01:.4f} and now {was:.4f}, MGU@5 nan" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "gdrt" / "model")
+    shutil.copytree(runs / "one" / "sft" / "model", tmp_path / "run" / "gdrt" / "model")
+    evaluate.main([str(tmp_path / "run" / "gdrt")])
+    assert "training wrote other figures" in capsys.readouterr().out
+
+
+def test_seeds_are_pooled_and_named(runs, capsys):
+    evaluate.main([str(runs / "zero"), str(runs / "one")])
+    out = capsys.readouterr().out
+    assert "sft seeds 0,1" in out and "gdrt seeds 0,1 less sft seeds 0,1" in out
+    written = [[json.loads((runs / run / loss / "metrics.json").read_text())["test"] for run in ("zero", "one")] for loss in ("sft", "gdrt")]
+    rows = table_of(out)
+    for metric in "NDCG@10", "MGU@10", "NLL":
+        (value, low, high), _, (difference, below, above) = rows[metric]
+        means = [np.mean([run[metric] for run in pool]) for pool in written]
+        assert value == pytest.approx(means[0], abs=6e-5) and low <= high
+        assert difference == pytest.approx(means[1] - means[0], abs=6e-5) and below <= above
+
+
+def test_predictions_beside_a_run(runs, capsys, tmp_path):
+    """The run's own lists, given as another system's, score what the run does, and differ from it by nothing."""
+    lists = shutil.copy(runs / "zero" / "gdrt" / "predictions.jsonl", tmp_path / "theirs.jsonl")
+    evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists)])
+    rows = table_of(capsys.readouterr().out)
+    for metric in "HR@5", "NDCG@10", "MRR@10", "MGU@5", "genre MGU@10":
+        ours, theirs, difference = rows[metric]
+        assert ours == theirs and not any(difference), metric
+    lines = lists.read_text().splitlines()
+    lists.write_text("\n".join(lines[1:]) + "\n")
+    with pytest.raises(InputError, match="of 24 windows 1 have no list, and 0 lists"):
+        evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists)])
+    evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists), "--allow-missing"])
+    out = capsys.readouterr().out
+    gained = evaluate.evaluate_run(runs / "zero" / "gdrt")["each"]["HR@10"][0]
+    assert "1 windows without a list, counted as misses" in out
+    assert table_of(out)["HR@10"][2][0] == pytest.approx(-gained / 24, abs=6e-5)
+
+
+def test_a_run_without_test_is_compared_on_validation(runs, capsys):
+    evaluate.main([str(runs / "untested")])
+    assert "24 valid windows of" in capsys.readouterr().out
+    with pytest.raises(InputError, match="other data or windows"):
+        evaluate.main([str(runs / "zero"), str(runs / "untested")])
+
+
+def test_report_from_the_command(runs, tmp_path, capsys):
+    evaluate.main([str(runs / "zero"), "--report", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert f"report: {tmp_path / 'page.html'}" in capsys.readouterr().out
+    assert all(f'<section id="{name}">' in page for name in ("results", "training", "groups", "attribution", "exposure", "users", "heat-map", "settings"))
+    with pytest.raises(InputError, match="one run"):
+        evaluate.main([str(runs / "zero"), str(runs / "one"), "--report"])
+
+
+@pytest.mark.parametrize("harm, says", [
+    (lambda run: shutil.rmtree(run / "sft" / "model"), "no model in it; give the folder of a loss"),
+    (lambda run: (run / "sft" / "metrics.json").unlink(), "metrics.json: No such file"),
+    (lambda run: (run / "groups.json").unlink(), "groups.json: No such file"),
+    (lambda run: (run / "config.json").write_text("{}}"), "config.json: not whole JSON"),
+    (lambda run: (run / "config.json").write_text((run / "config.json").read_text().replace('"data": "', '"data": "x')), "has changed since this run"),
+])
+def test_damaged_runs_are_refused(runs, tmp_path, harm, says):
+    shutil.copytree(runs / "zero", tmp_path / "run")
+    harm(tmp_path / "run")
+    with pytest.raises(InputError) as error:
+        evaluate.main([str(tmp_path / "run" / "sft")])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unfinished_losses_are_left_out(runs, tmp_path, capsys):
+    shutil.copytree(runs / "zero", tmp_path / "run")
+    (tmp_path / "run" / "gdrt" / "metrics.json").unlink()
+    evaluate.main([str(tmp_path / "run")])
+    assert "gdrt" not in capsys.readouterr().out
+
+
+def test_nan_weights_are_refused(runs, tmp_path):
+    shutil.copytree(runs / "zero", tmp_path / "run")
+    folder = tmp_path / "run" / "sft" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_input_embeddings().weight.data[:] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match="NaN"):
+        evaluate.main([str(folder.parent)])
+
+
+def test_one_sentence_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "runs/nowhere"])
+    with pytest.raises(SystemExit) as left:
+        run_command(evaluate.main)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("evaluate.py: ") and "nowhere: no such run" in said and said.count("\n") == 1
