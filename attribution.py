@@ -193,7 +193,7 @@ def cut_groups(r, windows, n_groups):
 
 # ------------------------------------------------------------------------------------------------ one prompt, token by token
 
-PATH_STEPS = 64  # Gauss-Legendre points of the path: the gap to completeness is then under 1% (README)
+PATH_STEPS = 128  # Gauss-Legendre points of the path; gap to completeness on toy: 3.98% at 64, 0.21% at 128
 CHUNK = 16  # prompts forwarded at once
 
 
