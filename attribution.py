@@ -6,21 +6,21 @@ turns it into the groups of the objective, `token_attribution` opens one prompt 
     symbol   paper / docs         here
     a        task, prefix         segments TEMPLATE and TITLE (auxiliary tokens)
     u        user interactions    segment USER
-    A_S(t)   attribution          `segment_gradient`, `segment_ablation`  (N,)
+    A_S(t)   attribution          `segment_gradient`, `ablations`  (N,)
     r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), in [0, 1]
 """
 import argparse
 import contextlib
 import html
 from collections import Counter
-from functools import partial
 
 import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from data import (TEMPLATE, TITLE, USER, InputError, Window, build_tree, build_trees, by_length, by_trunk, collate, legal_tokens,
+from data import (TEMPLATE, TITLE, USER, InputError, Window, attention, build_tree, build_trees, by_length, by_trunk, collate, legal_tokens,
                   load_run, log_softmax_over, logits_at, run_command, target_logits, write_atomic)
 
 AUXILIARY = (TEMPLATE, TITLE)
@@ -33,15 +33,23 @@ WINDOWS_PER_TITLE = 2  # what the step can afford at a fifth of a run; r differs
 @contextlib.contextmanager
 def measuring(model):
     """Evaluation mode, no gradient graph, and eager attention: the fused kernels have no forward-mode derivative."""
-    attention, training = model.config._attn_implementation, model.training
+    training = model.training
     model.eval()
-    model.set_attn_implementation("eager")
     try:
-        with torch.no_grad():
+        with attention(model, "eager"), torch.no_grad():
             yield
     finally:
-        model.set_attn_implementation(attention)
         model.train(training)
+
+
+class LinearDuals(TorchFunctionMode):
+    """Forward mode through linear layers in two matrix products. PyTorch's own rule takes a third, for the weight's zero tangent."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            x, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                return forward_ad.make_dual(function(x, *args[1:]), function(tangent, args[1]))
+        return function(*args, **(kwargs or {}))
 
 
 def path_ends(model, batch, segment):
@@ -67,11 +75,10 @@ def log_prob_derivative(logits, tangent, label, legal=None):
     """
     own = tangent.gather(-1, label[:, None])  # (N, 1)
     if legal is None:
-        others = logits.softmax(-1).scatter(-1, label[:, None], 0.0)  # (N, V)
-        return (others * (own - tangent)).sum(-1)
-    owner, token, chosen = legal
-    others = log_softmax_over(logits, owner, token).exp().index_fill(0, chosen, 0.0)  # (C,)
-    return torch.zeros_like(own[:, 0]).index_add(0, owner, others * (own[owner, 0] - tangent[owner, token]))
+        return (logits.softmax(-1) * (own - tangent)).sum(-1)  # the label's own term is 0
+    owner, token, _ = legal
+    p = log_softmax_over(logits, owner, token).exp()  # (C,)
+    return torch.zeros_like(own[:, 0]).index_add(0, owner, p * (own[owner, 0] - tangent[owner, token]))
 
 
 def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
@@ -85,29 +92,41 @@ def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
     legal, total = trie and legal_tokens(batch, trie), 0
     for j in range(steps):
         s = (j + 0.5) / steps
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), LinearDuals():
             dual = target_logits(model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta))
             logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
         total = total + log_prob_derivative(logits, tangent, batch.label, legal)
     return total / steps
 
 
-def segment_ablation(model, batch, segment, trie=None):
-    """A_S of every target token, (N,) nats: log p - log p with the embeddings of S at the baseline (Feature Ablation)."""
-    E, delta = path_ends(model, batch, segment)
-    legal = trie and legal_tokens(batch, trie)
-    own, without = (label_log_prob(target_logits(model, batch, embeds), batch.label, legal) for embeds in (E, E - delta))
-    return own - without
+def ablations(model, batch, segments, tries=(None,)):
+    """log p - log p with a segment's embeddings at the baseline (Feature Ablation) -> (len(tries), len(segments), N) nats.
+
+    The forwards are shared: one as it is and one a segment, whatever the number of softmaxes `tries` (None: over the vocabulary).
+    """
+    legal = [trie and legal_tokens(batch, trie) for trie in tries]
+
+    def log_probs(embeds):
+        logits = target_logits(model, batch, embeds)  # (N, V)
+        return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])  # (len(tries), N)
+    own = log_probs(path_ends(model, batch, ())[0])
+    ends = [path_ends(model, batch, segment) for segment in segments]
+    return torch.stack([own - log_probs(E - delta) for E, delta in ends], dim=1)
 
 
-def attributions(model, trees, method="gradient", trie=None, steps=STEPS, device="cpu", note="attribution"):
-    """(A_aux, A_user, item, step, window), each (N,) numpy, over all target tokens of `trees`; scores in fp32."""
-    measure = {"gradient": partial(segment_gradient, steps=steps, trie=trie), "ablation": partial(segment_ablation, trie=trie)}[method]
+def attributions(model, trees, method="gradient", tries=(None,), steps=STEPS, device="cpu", note="attribution"):
+    """(A_aux, A_user of each softmax in `tries`, item, step, window), each (N,) numpy, over all target tokens; scores in fp32."""
+    segments = AUXILIARY, (USER,)
+
+    def measure(batch):
+        if method == "ablation":
+            return ablations(model, batch, segments, tries).flatten(0, 1)
+        return [segment_gradient(model, batch, segment, steps, trie) for trie in tries for segment in segments]
     parts = []
     with measuring(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
             batch = collate([trees[i] for i in indices], device)
-            A = [measure(model, batch, segment).double() for segment in (AUXILIARY, (USER,))]
+            A = [a.double() for a in measure(batch)]
             parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.step, batch.window)])
     return [np.concatenate(part) for part in zip(*parts)]
 
@@ -155,7 +174,7 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
         r, item, step = (np.concatenate(part) for part in zip(*parts))
     else:
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
-        aux, user, item, step, _ = attributions(model, trees, method, prompts.trie, steps, device, note=f"relevance ({method})")
+        aux, user, item, step, _ = attributions(model, trees, method, (prompts.trie,), steps, device, note=f"relevance ({method})")
         r = ratio(aux, user)
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
     total, count = np.zeros(shape), np.zeros(shape)
@@ -213,8 +232,7 @@ def token_attribution(model, tokenizer, prompts, window, method="gradient", step
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
         row = torch.arange(R, device=device).repeat_interleave(N)
-        logits = logits_at(model, row, one.source.repeat(R), inputs_embeds=embeds, use_cache=False,
-                           attention_mask=one.mask.expand(R, -1, -1, -1), position_ids=one.position.expand(R, -1))
+        logits = logits_at(model, row, one.source.repeat(R), inputs_embeds=embeds, use_cache=False)
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
     values, gap = torch.zeros(N, T, device=device), None

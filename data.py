@@ -11,6 +11,7 @@ Read first `Window` and `Dataset`, which every other file works on, then `load_d
 
 No MovieLens data here: its licence forbids redistribution, so `fetch_movielens` gets it where it is published.
 """
+import contextlib
 import csv
 import hashlib
 import html
@@ -562,6 +563,7 @@ class Prompts(NamedTuple):
     eos: int
     longest: int  # positions the model has
     trie: Trie
+    alone: bool = False  # the model follows no mask: every prompt is a tree of its own, see `fit_prompts`
 
 
 def make_prompts(dataset, tokenizer, longest):
@@ -648,11 +650,11 @@ def by_trunk(windows):
 
 
 def build_trees(prompts, windows, pack=True, targets=True):
-    """All of `windows` as trees, in order; pack=False: one window a tree, the separate prompts.
+    """All of `windows` as trees, in order; pack=False, or prompts.alone: one window a tree, the separate prompts.
 
     Windows whose trunk is too long for the model stand alone, so that each keeps all of its history that fits.
     """
-    trees = []
+    trees, pack = [], pack and not prompts.alone
     for group in by_trunk(windows) if pack else [[i] for i in range(len(windows))]:
         tree = build_tree(prompts, [windows[i] for i in group], group, targets)
         alone = tree.dropped and len(group) > 1
@@ -673,7 +675,7 @@ def ancestor_mask(parent):
 class Batch(NamedTuple):
     """B trees padded to T nodes, and their N target tokens."""
     ids: torch.Tensor  # (B, T)
-    mask: torch.Tensor  # (B, 1, T, T) additive: 0 where attention is allowed, else the lowest float
+    mask: torch.Tensor | None  # (B, 1, T, T) additive: 0 where attention is allowed, else the lowest float; None: separate prompts
     position: torch.Tensor  # (B, T)
     segment: torch.Tensor  # (B, T)
     row: torch.Tensor  # (N,)
@@ -685,8 +687,12 @@ class Batch(NamedTuple):
 
 
 def collate(trees, device="cpu"):
-    """Pad trees to one Batch. A padded node attends to itself alone and nothing attends to it."""
-    T = max(len(tree.ids) for tree in trees)
+    """Pad trees to one Batch. A padded node attends to itself alone and nothing attends to it.
+
+    Trees that do not branch are separate prompts: padded at the end, they need no mask beyond the model's own causal one.
+    T is a multiple of 16: matrix products like it, and oneDNN, which compiles a kernel for each new shape, meets fewer of them.
+    """
+    T = -(-max(len(tree.ids) for tree in trees) // 16) * 16
 
     def pad(field):
         rows = np.zeros((len(trees), T), dtype=np.int64)
@@ -694,14 +700,26 @@ def collate(trees, device="cpu"):
             row[:len(tree.ids)] = getattr(tree, field)
         return rows
 
-    parent = pad("parent")
+    parent, mask = pad("parent"), None
     for row, tree in zip(parent, trees):
         row[len(tree.ids):] = np.arange(len(tree.ids), T)
-    mask = np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]
+    if any((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any() for tree in trees):
+        mask = torch.from_numpy(np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]).to(device)
     row = np.repeat(np.arange(len(trees)), [len(tree.source) for tree in trees])
     flat = [np.concatenate([getattr(tree, field) for tree in trees]) for field in ("source", "label", "item", "step", "window")]
-    arrays = (pad("ids"), mask, pad("position"), pad("segment"), row, *flat)
-    return Batch(*(torch.from_numpy(array).to(device) for array in arrays))
+    ids, *arrays = (torch.from_numpy(array).to(device) for array in (pad("ids"), pad("position"), pad("segment"), row, *flat))
+    return Batch(ids, mask, *arrays)
+
+
+@contextlib.contextmanager
+def attention(model, implementation):
+    """Inside, the model runs with 'eager' or another implementation of attention; the sums are the same, to rounding."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def logits_at(model, row, column, **inputs):
@@ -720,8 +738,8 @@ def logits_at(model, row, column, **inputs):
 def target_logits(model, batch, embeds=None):
     """Logits (N, V) of a batch's target tokens. embeds: (B, T, D) in place of the input embeddings."""
     inputs = {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
-    return logits_at(model, batch.row, batch.source, attention_mask=batch.mask, position_ids=batch.position,
-                     use_cache=False, **inputs)
+    inputs |= {} if batch.mask is None else {"attention_mask": batch.mask, "position_ids": batch.position}
+    return logits_at(model, batch.row, batch.source, use_cache=False, **inputs)
 
 
 def flat_ranges(count):
@@ -764,7 +782,7 @@ def by_length(trees, nodes=2048):
 
 # ------------------------------------------------------------------------------------------------ models
 
-LISTS = 1000  # read in language pre-training, 20 titles each
+LISTS = 1000  # read in language pre-training at most, 20 titles each; small catalogues are known sooner
 TINY = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1}
 
@@ -783,7 +801,7 @@ def language_windows(dataset, length=20):
             shelves.setdefault(genre, []).append(item)
     names, sizes = list(shelves), np.array([len(shelf) for shelf in shelves.values()])
     windows = []
-    for i in range(LISTS):
+    for i in range(min(LISTS, 3 * len(dataset.titles))):
         shelf = shelves[names[random.choice(len(names), p=sizes / sizes.sum())]]
         items = tuple(random.choice(shelf, min(length, len(shelf)), replace=False).tolist())
         windows += [Window(i, items, 0, stop) for stop in range(len(items))]
@@ -880,24 +898,32 @@ def positions(model):
     return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 10**6
 
 
+@torch.no_grad()
 def packs(model, prompts, windows, device="cpu", tolerance=1e-3):
-    """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on the two trees with most windows
-    among the first: a single window's tree is a plain prompt and would show nothing."""
-    trees = sorted(build_trees(prompts, windows[:1000]), key=lambda tree: -len(set(tree.window)))[:2]
+    """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on two branching trees, made of
+    the longest histories among the first windows."""
+    longest = sorted(windows[:1000], key=lambda w: w.start - w.stop)[:2]
+    trees = [build_tree(prompts, [w._replace(stop=stop) for stop in (w.stop - 1, w.stop)], (0, 1)) for w in longest]
+    batch = collate(trees, device)
     model.eval()
-    with torch.no_grad():
-        batch = collate(trees, device)
-        try:
-            packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
-        except (TypeError, ValueError, RuntimeError):  # it expects another shape of mask, or knows no position ids
-            return False
-        ids, mask = batch.ids, batch.mask[:, 0] == 0
-        worst = 0.0
-        for n in range(len(batch.row)):
-            path = mask[batch.row[n], batch.source[n]]
-            alone = model(ids[batch.row[n], path][None], use_cache=False).logits[0, -1].log_softmax(-1)
-            worst = max(worst, float((alone - packed[n]).abs().max()))
+    try:
+        packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
+    except (TypeError, ValueError, RuntimeError):  # it expects another shape of mask, or knows no position ids
+        return False
+    worst = 0.0
+    for n, (row, source) in enumerate(zip(batch.row, batch.source)):
+        path = batch.mask[row, 0, source] == 0
+        alone = model(batch.ids[row, path][None], use_cache=False).logits[0, -1].log_softmax(-1)
+        worst = max(worst, float((alone - packed[n]).abs().max()))
     return worst < tolerance
+
+
+def fit_prompts(model, prompts, windows, device="cpu"):
+    """`prompts` as the model can take them: a model that does not follow a tree's mask gets every prompt alone, and we say so."""
+    if packs(model, prompts, windows, device):
+        return prompts
+    say("this model does not follow the mask of packed prompts: each runs by itself, which is slower and gives the same")
+    return prompts._replace(alone=True)
 
 
 # ------------------------------------------------------------------------------------------------ finished runs and commands
@@ -925,7 +951,8 @@ def load_run(folder, cache=None, data_dir=None):
     if dataset.digest != config["data"]:
         raise InputError(f"{folder}: the data of --dataset {chosen['dataset']} has changed since this run; give the same data")
     model, tokenizer = load_model(folder / "model")
-    return config, dataset, model.eval(), tokenizer, make_prompts(dataset, tokenizer, positions(model))
+    prompts = make_prompts(dataset, tokenizer, positions(model))
+    return config, dataset, model.eval(), tokenizer, fit_prompts(model, prompts, dataset.train)
 
 
 def run_command(main):

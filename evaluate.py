@@ -97,7 +97,7 @@ def rank(model, prompts, windows, k=10, softmax="trie", keep_seen=False, width=8
             if not keep_seen:
                 known = windows[i].items[:windows[i].stop] if seen is None else seen[i]
                 allowed[row] &= ~torch.isin(forks.item, torch.tensor(known, device=device))
-        score, count = search(model, collate([trees[i] for i in chosen], device), forks, allowed, k_kept, softmax, width)
+        score, count = search(model, collate([trees[i] for i in chosen], device), forks, allowed, k_kept, softmax, width, prompts.alone)
         best, place = score.topk(k_kept, dim=1)  # (B, k)
         scores[chosen, :k_kept] = best.double().cpu().numpy()
         items[chosen, :k_kept] = torch.where(best > -torch.inf, forks.item[place], -1).cpu().numpy()
@@ -105,36 +105,101 @@ def rank(model, prompts, windows, k=10, softmax="trie", keep_seen=False, width=8
     return Ranking(items, scores, forwarded)
 
 
-def search(model, batch, forks, allowed, k, softmax, width):
+class CachedPrompts:
+    """A batch of B prompts in a KV cache that is only appended to; edges of the trie are forwarded as their branches.
+
+    logits (B, V): after the prompts. A token of an edge sees its prompt, the path to the fork above, and its own edge.
+    """
+    def __init__(self, model, batch, forks, feed):
+        (B, P), device = batch.ids.shape, batch.ids.device
+        self.model, self.forks, self.feed, self.cache = model, forks, feed, DynamicCache(config=model.config)
+        self.logits = logits_at(model, batch.row, batch.source, input_ids=batch.ids, cache=self.cache, use_cache=True)
+        self.base = batch.source + 1  # (B,) position of the first title token
+        self.prompt = torch.arange(P, device=device) < self.base[:, None]  # (B, P) not padding
+        self.slot = torch.full((B, len(forks.up)), -1, device=device)  # place of a fork's last token among the C search tokens
+        self.sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=device)  # (B, C, C) ancestors among the search tokens
+
+    def keep(self, active):
+        """Drop the prompts that are not active (B,)."""
+        self.base, self.prompt, self.slot, self.sees = (x[active] for x in (self.base, self.prompt, self.slot, self.sees))
+        self.cache.batch_select_indices(active.nonzero()[:, 0])
+
+    def forward(self, row, fork, every):
+        """Logits after each token (every) or the last token of the edges to `fork` (n,) of prompts `row` (n,), which rises."""
+        forks, (B, C), device = self.forks, self.sees.shape[:2], row.device
+        length = self.feed[fork]
+        total = torch.zeros_like(self.base).index_add(0, row, length)  # (B,) new tokens of each prompt, one edge after another
+        owner, offset = flat_ranges(length)  # (tokens,)
+        column = (length.cumsum(0) - length - (total.cumsum(0) - total)[row])[owner] + offset
+        last, row, fork = offset == length[owner] - 1, row[owner], fork[owner]
+        S, above = int(total.max()), forks.up[fork]
+        ids = torch.zeros((B, S), dtype=torch.long, device=device)
+        position, edge = torch.zeros_like(ids), torch.full_like(ids, -1)
+        ids[row, column] = forks.run[fork, offset]
+        position[row, column] = self.base[row] + forks.depth[above] + offset
+        edge[row, column] = fork
+
+        path = torch.zeros((B, S, C), dtype=torch.bool, device=device)
+        parent = self.slot[row, above]
+        below = parent >= 0
+        path[row[below], column[below]] = self.sees[row[below], parent[below]]
+        new = torch.cat([path, (edge[:, :, None] == edge[:, None, :]).tril()], dim=2)  # (B, S, C + S)
+        self.sees = torch.cat([torch.nn.functional.pad(self.sees, (0, S)), new], dim=1)
+        self.slot[row[last], fork[last]] = C + column[last]
+        mask = torch.cat([self.prompt[:, None].expand(-1, S, -1), new], dim=2)[:, None]  # (B, 1, S, P + C + S)
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        read = torch.ones_like(last) if every else last
+        return logits_at(self.model, row[read], column[read], input_ids=ids, attention_mask=mask, position_ids=position,
+                         cache=self.cache, use_cache=True)
+
+
+class SeparatePrompts:
+    """The same without cache and mask: each edge is forwarded after its whole prompt. For models that follow no mask."""
+    def __init__(self, model, batch, forks, feed):
+        self.model, self.forks, self.feed = model, forks, feed
+        self.prompts = [ids[:stop + 1] for ids, stop in zip(batch.ids, batch.source)]
+        self.logits = logits_at(model, batch.row, batch.source, input_ids=batch.ids, use_cache=False)
+
+    def keep(self, active):
+        self.prompts = [prompt for prompt, kept in zip(self.prompts, active) if kept]
+
+    def forward(self, row, fork, every):
+        forks, rows, length = self.forks, [], self.feed[fork]
+        for b, f in zip(row.tolist(), fork.tolist()):
+            parts = [forks.run[f, :self.feed[f]]]
+            while f := int(forks.up[f]):
+                parts.append(forks.run[f, :forks.length[f]])
+            rows.append(torch.cat([self.prompts[b], *parts[::-1]]))
+        owner, offset = flat_ranges(length)
+        read = offset >= (0 if every else length[owner] - 1)
+        column = (torch.tensor([len(ids) for ids in rows], device=row.device) - length)[owner] + offset
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # padded behind, where nothing looks
+        return logits_at(self.model, owner[read], column[read], input_ids=ids, use_cache=False)
+
+
+def search(model, batch, forks, allowed, k, softmax, width, alone=False):
     """Best-first search for a batch of B prompts -> (scores (B, F) of allowed complete titles, -inf elsewhere; count (B,)).
 
     score[b, f] is the log-probability of the path to fork f: exact once its edge is read (under 'trie' at once, the rest
-    of a run being certain), an upper bound before. The prompts stand once in the KV cache, which is only appended to.
+    of a run being certain), an upper bound before. alone: the model follows no mask.
     """
-    B, P = batch.ids.shape
-    F, device = len(forks.up), batch.ids.device
+    B, F, device = len(batch.ids), len(forks.up), batch.ids.device
     leaf = forks.item >= 0
     feed = forks.length - leaf.long()  # (F,) tokens to forward to read an edge: EOS never
     if softmax == "trie":
         feed = torch.where(leaf, 0, feed)  # nothing is left to learn on an edge that completes a title
     openable = ~leaf | (feed > 0)  # (F,)
     complete = leaf & (feed == 0)
-    cache, alive = DynamicCache(config=model.config), torch.arange(B, device=device)
     result = torch.full((B, F), -torch.inf, device=device)
     count = torch.zeros(B, dtype=torch.long, device=device)
 
-    logits = logits_at(model, batch.row, batch.source, input_ids=batch.ids, attention_mask=batch.mask,
-                       position_ids=batch.position, cache=cache, use_cache=True)  # (B, V)
+    reader = (SeparatePrompts if alone else CachedPrompts)(model, batch, forks, feed)
+    alive = torch.arange(B, device=device)
     score = torch.full((B, F), -torch.inf, device=device)
-    owner, child, value = score_children(logits, torch.zeros(B, dtype=torch.long, device=device), forks, softmax)
+    owner, child, value = score_children(reader.logits, torch.zeros_like(alive), forks, softmax)
     score[owner, child] = value
     expanded = torch.zeros((B, F), dtype=torch.bool, device=device)
     expanded[:, 0] = True
-    base = batch.position[batch.row, batch.source] + 1  # (B,) position of the first title token
-    prompt = batch.mask[batch.row, 0, batch.source] == 0  # (B, P) what the marker's last token sees
-    slot = torch.full((B, F), -1, device=device)  # place of a fork's last token among the search tokens in the cache
-    sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=device)  # (B, C, C) ancestors among the search tokens
-
     while True:
         if torch.isnan(score).any():
             raise InputError("the model's scores hold NaN; was the training stable?")
@@ -147,51 +212,24 @@ def search(model, batch, forks, allowed, k, softmax, width):
             result[alive[~active]] = final[~active]
             if not active.any():
                 return result, count
-            alive, score, expanded, slot, sees, allowed, prompt, base, pick, useful = (
-                x[active] for x in (alive, score, expanded, slot, sees, allowed, prompt, base, pick, useful))
-            cache.batch_select_indices(active.nonzero()[:, 0])
+            alive, score, expanded, allowed, pick, useful = (x[active] for x in (alive, score, expanded, allowed, pick, useful))
+            reader.keep(active)
 
-        # one row of new tokens per prompt: the runs of its picked edges, one after another
-        rows, places = useful.nonzero(as_tuple=True)
-        fork = pick[rows, places]  # (n,)
-        count.index_add_(0, alive[rows], torch.ones_like(rows))
-        owner, offset = flat_ranges(feed[fork])  # (tokens,)
-        lengths = torch.zeros_like(pick).index_put((rows, places), feed[fork])  # (B, W)
-        column = (lengths.cumsum(1) - lengths)[rows, places][owner] + offset  # (tokens,)
-        S, C = int(lengths.sum(1).max()), sees.shape[1]
-        row, above = rows[owner], forks.up[fork[owner]]
-        ids = torch.zeros((len(alive), S), dtype=torch.long, device=device)
-        position, edge = torch.zeros_like(ids), torch.full_like(ids, -1)
-        ids[row, column] = forks.run[fork[owner], offset]
-        position[row, column] = base[row] + forks.depth[above] + offset
-        edge[row, column] = fork[owner]
-
-        # a token sees its prompt, the path to the fork above its edge, and its own edge up to itself
-        path = torch.zeros((len(alive), S, C), dtype=torch.bool, device=device)
-        parent = slot[row, above]
-        below = parent >= 0
-        path[row[below], column[below]] = sees[row[below], parent[below]]
-        same = (edge[:, :, None] == edge[:, None, :]).tril()  # (B, S, S)
-        new = torch.cat([path, same], dim=2)  # (B, S, C + S)
-        sees = torch.cat([torch.nn.functional.pad(sees, (0, S)), new], dim=1)
-        mask = torch.cat([prompt[:, None].expand(-1, S, -1), new], dim=2)[:, None]  # (B, 1, S, P + C + S)
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
-        last = offset == feed[fork][owner] - 1  # (tokens,)
-        slot[row[last], fork[owner[last]]] = C + column[last]
-
-        read = torch.ones_like(last) if softmax == "full" else last
-        logits = logits_at(model, row[read], column[read], input_ids=ids, attention_mask=mask, position_ids=position,
-                           cache=cache, use_cache=True)  # (tokens read, V)
+        row, place = useful.nonzero(as_tuple=True)
+        fork = pick[row, place]  # (n,)
+        count.index_add_(0, alive[row], torch.ones_like(row))
+        logits = reader.forward(row, fork, every=softmax == "full")  # (tokens read, V)
         if softmax == "full":  # the rest of each edge: token `offset` predicts the next of the same edge
+            owner, offset = flat_ranges(feed[fork])
             inner = offset + 1 < forks.length[fork[owner]]
-            following = forks.run[fork[owner][inner], offset[inner] + 1]
-            value = logits[inner].float().log_softmax(-1).gather(-1, following[:, None])[:, 0]
-            score.index_put_((row[inner], fork[owner][inner]), value, accumulate=True)
-        expanded[rows, fork] = True
-        inner = ~leaf[fork]
-        end = logits[last[read]][inner]  # (inner forks, V)
-        owner, child, value = score_children(end, fork[inner], forks, softmax)
-        score[rows[inner][owner], child] = score[rows[inner], fork[inner]][owner] + value
+            edge = fork[owner[inner]]
+            value = logits[inner].float().log_softmax(-1).gather(-1, forks.run[edge, offset[inner] + 1][:, None])[:, 0]
+            score.index_put_((row[owner[inner]], edge), value, accumulate=True)
+            logits = logits[offset == feed[fork][owner] - 1]  # (n, V)
+        expanded[row, fork] = True
+        row, fork, logits = row[~leaf[fork]], fork[~leaf[fork]], logits[~leaf[fork]]
+        owner, child, value = score_children(logits, fork, forks, softmax)
+        score[row[owner], child] = score[row, fork][owner] + value
 
 
 # ------------------------------------------------------------------------------------------------ metrics of ranked lists
@@ -458,20 +496,22 @@ def share(aux, user):
     return float(aux / (aux + user)) if aux + user > 0 else None
 
 
-AUDITED = 300  # windows the audit reads at most: its shares are then certain to about 0.01
+AUDITED = 150  # windows the audit reads at most: its shares are then certain to about 0.014
 
 
 def audit(model, prompts, windows, group, n_groups, ndcg, softmax="trie", keep_seen=False, seed=0, device="cpu"):
     """The bias audit on `windows` -> dict. ndcg: (n,) NDCG@10 of each with its own history. group: (items, L) or None.
 
     Auxiliary share by ablation and by gradient over all tokens and first tokens, by group and by place in the title;
-    NDCG@10 lost when histories are shuffled between users (seen titles stay the user's own).
+    'legal': over legal continuations. NDCG@10 lost when histories are shuffled between users (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows, ndcg = [windows[i] for i in chosen], ndcg[chosen]
     trees, result = build_trees(prompts, windows), {"windows": len(windows)}
-    for name, method, trie in (("ablation", "ablation", None), ("gradient", "gradient", None), ("legal ablation", "ablation", prompts.trie)):
-        aux, user, item, step, _ = attributions(model, trees, method, trie, device=device, note=f"audit ({name})")
+    aux, user, legal_aux, legal_user, *place = attributions(model, trees, "ablation", (None, prompts.trie), device=device, note="audit (ablation)")
+    measured = {"ablation": (aux, user, *place), "legal ablation": (legal_aux, legal_user, *place),
+                "gradient": attributions(model, trees[::2], "gradient", device=device, note="audit (gradient)")}  # half: it costs three times as much
+    for name, (aux, user, item, step, _) in measured.items():
         first = step == 0
         result[name] = {
             "auxiliary share": share(aux, user), "auxiliary share first": share(aux[first], user[first]),
@@ -662,9 +702,10 @@ def audit_table(audits):
     def row(name, audit):
         share = audit["ablation"]["auxiliary share"]
         return (name, figure(share), f"{share / (1 - share):.2f} : 1" if share < 1 else "all", figure(audit["ablation"]["auxiliary share first"]),
-                *(figure(audit["gradient"][key]) for key in ("auxiliary share", "auxiliary share first")),
+                *(figure(audit[method][key]) for method in ("legal ablation", "gradient") for key in ("auxiliary share", "auxiliary share first")),
                 figure(audit["NDCG@10 lost by shuffled histories"], 4))
-    return (("", "aux share, ablation", "aux : user", "first tokens", "aux share, gradient", "first tokens", "NDCG@10 lost, histories shuffled"),
+    return (("", "aux share, ablation", "aux : user", "first tokens", "over legal tokens", "first tokens", "aux share, gradient", "first tokens",
+             "NDCG@10 lost, histories shuffled"),
             [row(*entry) for entry in audits.items()])
 
 

@@ -169,8 +169,8 @@ import transformers
 from tqdm.auto import tqdm
 
 from attribution import cut_groups, format_table, name_items, relevance, token_attribution
-from data import (TINY, InputError, build_trees, by_trunk, cache_folder, collate, intact, language_windows, legal_tokens, load_dataset, load_model, log_softmax_over,
-                  make_prompts, packs, positions, read_json, save_model, say, squeeze, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
+from data import (TINY, InputError, attention, build_trees, by_trunk, cache_folder, collate, fit_prompts, intact, language_windows, legal_tokens, load_dataset, load_model,
+                  log_softmax_over, make_prompts, positions, read_json, save_model, say, squeeze, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, result_table, write_predictions, write_report
 
 
@@ -368,8 +368,9 @@ def train(model, prompts, trees, updates, span, group, objective, n_groups, job,
     if writes:
         write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
     model.train()
+    backward = "eager" if job.device == "cpu" else model.config._attn_implementation  # a CPU's fused kernel has a slow backward
     progress = tqdm(range(step, span[1]), desc=folder.name if folder else "language", disable=None if job.rank == 0 else True)
-    with ctrl_c() as pressed, open(log if writes else os.devnull, "a", encoding="utf-8") as file:
+    with attention(model, backward), ctrl_c() as pressed, open(log if writes else os.devnull, "a", encoding="utf-8") as file:
         for step in progress:
             start = time.perf_counter()
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(updates), job.lr)
@@ -583,12 +584,10 @@ def run(args):
         barrier(job)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = draw_windows(dataset.train, args.windows, args.seed)
-    trees = build_trees(prompts, windows)
+    trees = build_trees(prompts, windows)  # the plan is of whole trees, whether they run packed or not
     updates = plan(trees, args.batch, args.epochs, args.seed)
-    if not packs(model, prompts, windows, job.device):
-        raise InputError(f"--model {args.model}: packed prompts do not get the probabilities of separate ones, so its attention does not "
-                         f"follow the mask that training and ranking rely on; choose another model")
-    if args.no_pack:  # the same windows an update, one prompt a row
+    prompts = fit_prompts(model, prompts, windows, job.device)
+    if args.no_pack or prompts.alone:  # the same windows an update, one prompt a row
         updates = [[i for t in update for i in np.unique(trees[t].window).tolist()] for update in updates]
         trees = build_trees(prompts, windows, pack=False)
     steps, shared = len(updates), max(1, round(args.warmup * len(updates)))
@@ -757,7 +756,7 @@ def settle_libraries(cache):
     oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")  # an update needs about 20
+        os.environ.setdefault(name, "256")  # an update needs about 20, and shapes recur
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
 
 

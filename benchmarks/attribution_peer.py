@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import gdrt
 import speed
-from attribution import AUXILIARY, format_table, measuring, segment_ablation, segment_gradient
+from attribution import AUXILIARY, format_table, ablations, measuring, segment_gradient
 from data import BOS, TEMPLATE, USER, InputError, build_trees, by_length, collate, run_command, write_atomic
 
 AGREE, FASTER = 1e-4, 20  # nats; times
@@ -94,7 +94,7 @@ def compare(model, prompts, windows):
     single, (longer, mean) = build_trees(prompts, windows, pack=False), with_mean_token(model)
     ids = numbers(mean + 1)
     ours, seconds = {}, {}
-    for name, measure in (("ablation", segment_ablation), ("gradient", lambda *a: segment_gradient(*a, steps=1))):
+    for name, measure in (("ablation", lambda model, batch, kinds: ablations(model, batch, (kinds,))[0, 0]), ("gradient", lambda *a: segment_gradient(*a, steps=1))):
         for kinds in ((TEMPLATE,), AUXILIARY, (USER,)):
             def whole():
                 return prompt_by_prompt(model, prompts, windows, lambda model, batch: measure(model, batch, kinds))

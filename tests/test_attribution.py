@@ -10,8 +10,8 @@ from conftest import continuations, prompt_of, random_prompts, random_windows, s
 from transformers.models.llama import modeling_llama
 
 import attribution
-from attribution import (attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
-                         segment_ablation, segment_gradient)
+from attribution import (ablations, attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
+                         segment_gradient)
 from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
 
 SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
@@ -104,7 +104,7 @@ def test_the_gradient_tends_to_the_ablation(toy, exact, name):
     model, prompts = exact
     batch = collate(build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:2]))
     with measuring(model):
-        ablation = segment_ablation(model, batch, SEGMENTS[name])
+        ablation = ablations(model, batch, (SEGMENTS[name],))[0, 0]
         error = {m: float((segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm() / ablation.norm()) for m in (2, 32, 128)}
     assert error[32] < error[2] / 4 and error[128] < min(0.005, error[32] / 10)
 
@@ -117,7 +117,7 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
     batch = collate(build_trees(prompts, windows, pack))
     with measuring(model):
         expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal)
-        found = segment_ablation(model, batch, SEGMENTS[name], legal and prompts.trie)
+        found = ablations(model, batch, (SEGMENTS[name],), (legal and prompts.trie,))[0, 0]
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
         if name == "auxiliary" and prompts.bos:  # BOS stays: with it at the baseline, too, the figures are others
             others = explicit_ablation(model, prompts, windows, (TEMPLATE, TITLE, BOS), legal)
@@ -133,7 +133,7 @@ def test_other_kinds_of_models(kind, bos):
             expected = by_backwards(model, prompts, windows, segment, 0.5)
             assert (in_order(batch, segment_gradient(model, batch, segment, 1)) - expected).abs().max() < 1e-4 * expected.abs().max()
             expected = explicit_ablation(model, prompts, windows, segment)
-            assert (in_order(batch, segment_ablation(model, batch, segment)) - expected).abs().max() < 1e-4
+            assert (in_order(batch, ablations(model, batch, (segment,))[0, 0]) - expected).abs().max() < 1e-4
 
 
 def test_the_default_is_near_the_ablation(toy):
