@@ -502,7 +502,7 @@ AUDITED = 150  # windows the audit reads at most: its shares are then certain to
 def audit(model, prompts, windows, group, n_groups, ndcg, softmax="trie", keep_seen=False, seed=0, device="cpu"):
     """The bias audit on `windows` -> dict. ndcg: (n,) NDCG@10 of each with its own history. group: (items, L) or None.
 
-    Auxiliary share by ablation and by gradient over all tokens and first tokens, by group and by place in the title;
+    Auxiliary share by ablation and, on every second window, by gradient: over all tokens and first tokens, by group and by place in the title;
     'legal': over legal continuations. NDCG@10 lost when histories are shuffled between users (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
@@ -510,7 +510,7 @@ def audit(model, prompts, windows, group, n_groups, ndcg, softmax="trie", keep_s
     trees, result = build_trees(prompts, windows), {"windows": len(windows)}
     aux, user, legal_aux, legal_user, *place = attributions(model, trees, "ablation", (None, prompts.trie), device=device, note="audit (ablation)")
     measured = {"ablation": (aux, user, *place), "legal ablation": (legal_aux, legal_user, *place),
-                "gradient": attributions(model, trees[::2], "gradient", device=device, note="audit (gradient)")}  # half: it costs three times as much
+                "gradient": attributions(model, build_trees(prompts, windows[::2]), device=device, note="audit (gradient)")}  # half: it is the dear one
     for name, (aux, user, item, step, _) in measured.items():
         first = step == 0
         result[name] = {

@@ -220,14 +220,15 @@ def learning_rate(step, steps, peak):
 
 def token_nll(model, batch, prompts, job):
     """NLL (N,) in nats of the batch's target tokens, with gradient; over the vocabulary or the legal continuations."""
-    device = torch.device(job.device).type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
+    N, spare = len(batch.label), -len(batch.label) % 64  # a round number of logits: oneDNN compiles kernels for each new one
+    batch = batch._replace(**{name: torch.nn.functional.pad(getattr(batch, name), (0, spare)) for name in ("row", "source", "label", "item", "step")})
+    with torch.autocast(torch.device(job.device).type, dtype=torch.bfloat16, enabled=job.precision == "bf16"):
         logits = target_logits(model, batch)
-    logits = logits.float()  # (N, V)
+    logits = logits.float()  # (N + spare, V)
     if job.softmax == "full":
-        return torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
+        return torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")[:N]
     owner, token, chosen = legal_tokens(batch, prompts.trie)  # Masked Softmax Loss (MSL, arXiv 2504.04178): log-softmax of
-    return -log_softmax_over(logits / job.temperature, owner, token)[chosen]  # z / temperature over legal tokens alone
+    return -log_softmax_over(logits / job.temperature, owner, token)[chosen[:N]]  # z / temperature over legal tokens alone
 
 
 def sft(nll, group, mean, count, log_q):
