@@ -25,7 +25,7 @@ from data import (TEMPLATE, TITLE, USER, InputError, Window, attention, build_tr
 
 AUXILIARY = (TEMPLATE, TITLE)
 STEPS = 2  # points on the path: rank correlation with the ablation, see README
-WINDOWS_PER_TITLE = 2  # what the step can afford at a fifth of a run; r differs more between tokens than between windows
+WINDOWS_PER_TITLE = 1  # at least: trees are taken whole, so most titles get more; r differs more between tokens than between windows
 
 
 # ------------------------------------------------------------------------------------------------ two attributions
@@ -42,14 +42,19 @@ def measuring(model):
         model.train(training)
 
 
-class LinearDuals(TorchFunctionMode):
-    """Forward mode through linear layers in two matrix products. PyTorch's own rule takes a third, for the weight's zero tangent."""
+class LeanDuals(TorchFunctionMode):
+    """Forward mode through linear layers and softmax without PyTorch's detours: it takes a third matrix product, for the
+    weight's zero tangent, and three more exponentials."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.linear:
+        kwargs = kwargs or {}
+        if function in (torch.nn.functional.linear, torch.nn.functional.softmax):
             x, tangent = forward_ad.unpack_dual(args[0])
-            if tangent is not None:
+            if tangent is not None and function is torch.nn.functional.linear:
                 return forward_ad.make_dual(function(x, *args[1:]), function(tangent, args[1]))
-        return function(*args, **(kwargs or {}))
+            if tangent is not None:
+                p = function(x, *args[1:], **kwargs)
+                return forward_ad.make_dual(p, p * (tangent - (p * tangent).sum(kwargs["dim"], keepdim=True)))
+        return function(*args, **kwargs)
 
 
 def path_ends(model, batch, segment):
@@ -92,7 +97,7 @@ def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
     legal, total = trie and legal_tokens(batch, trie), 0
     for j in range(steps):
         s = (j + 0.5) / steps
-        with forward_ad.dual_level(), LinearDuals():
+        with forward_ad.dual_level(), LeanDuals():
             dual = target_logits(model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta))
             logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
         total = total + log_prob_derivative(logits, tangent, batch.label, legal)
@@ -140,17 +145,16 @@ def ratio(aux, user):
 
 
 def sample_windows(windows, per_title, seed):
-    """A seeded sample with at most `per_title` windows of each target item, in the order of `windows`.
+    """A seeded sample with `per_title` windows or more of each target item, where it has them, in the order of `windows`.
 
-    It is drawn trunk by trunk, each giving all that is still wanted of it: half the tokens of a draw window by window.
+    Trees are drawn at random and taken whole if a title in them is still wanted: their trunks are paid for once.
     """
     groups, taken, chosen = by_trunk(windows), Counter(), []
     for g in np.random.default_rng(seed).permutation(len(groups)):
-        for i in groups[g]:
-            target = windows[i].items[windows[i].stop]
-            if taken[target] < per_title:
-                taken[target] += 1
-                chosen.append(i)
+        targets = [windows[i].items[windows[i].stop] for i in groups[g]]
+        if any(taken[target] < per_title for target in targets):
+            taken.update(targets)
+            chosen += groups[g]
     return [windows[i] for i in sorted(chosen)]
 
 

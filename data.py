@@ -690,9 +690,10 @@ def collate(trees, device="cpu"):
     """Pad trees to one Batch. A padded node attends to itself alone and nothing attends to it.
 
     Trees that do not branch are separate prompts: padded at the end, they need no mask beyond the model's own causal one.
-    T is a multiple of 16: matrix products like it, and oneDNN, which compiles a kernel for each new shape, meets fewer of them.
     """
-    T = -(-max(len(tree.ids) for tree in trees) // 16) * 16
+    T, branched = max(len(tree.ids) for tree in trees), any((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any() for tree in trees)
+    if branched:  # a round number: oneDNN, which compiles a kernel for each new shape, meets fewer of them
+        T = -(-T // 16) * 16
 
     def pad(field):
         rows = np.zeros((len(trees), T), dtype=np.int64)
@@ -703,7 +704,7 @@ def collate(trees, device="cpu"):
     parent, mask = pad("parent"), None
     for row, tree in zip(parent, trees):
         row[len(tree.ids):] = np.arange(len(tree.ids), T)
-    if any((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any() for tree in trees):
+    if branched:
         mask = torch.from_numpy(np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]).to(device)
     row = np.repeat(np.arange(len(trees)), [len(tree.source) for tree in trees])
     flat = [np.concatenate([getattr(tree, field) for tree in trees]) for field in ("source", "label", "item", "step", "window")]

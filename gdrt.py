@@ -597,6 +597,9 @@ def run(args):
     tokens = sum(len(prompts.titles[i]) + 1 for i in {w.items[w.stop] for w in windows})
     if args.groups > tokens:
         raise InputError(f"--groups {args.groups}: the titles to predict have {tokens} tokens; use fewer groups")
+    left = [tree.dropped for tree in trees + build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)]
+    if any(left) and job.rank == 0:
+        say(f"{sum(left)} titles of {sum(n > 0 for n in left)} histories are left out, the oldest: the model has {prompts.longest} positions")
     if job.rank == 0:  # nothing was written before: a start that failed leaves no run behind
         write_atomic(folder / "config.json", json.dumps(config, indent=1))
     torch.manual_seed(args.seed)
@@ -757,7 +760,7 @@ def settle_libraries(cache):
     oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "256")  # an update needs about 20, and shapes recur
+        os.environ.setdefault(name, "64")  # an update needs about 20; more make it no faster
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
 
 

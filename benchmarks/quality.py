@@ -6,7 +6,8 @@
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
-interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric on validation and test;
+interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
+validation for the trials of tune and tune2, on test for the rest;
 results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed.
 
 Read `CONFIG` first, then `experiments`, then the controls, then `perform`. Losses of a seed share the SFT warm-up, the
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import gdrt
 import tables
 from attribution import WINDOWS_PER_TITLE, cut_groups, relevance, sample_windows
-from data import InputError, build_trees, load_dataset, make_prompts, packs, positions, say, write_atomic
+from data import InputError, build_trees, fit_prompts, load_dataset, make_prompts, positions, say, write_atomic
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
 
 CONFIG = {  # chosen by tune and tune2, on validation windows of ml-100k alone, before a test window was read
@@ -211,7 +212,8 @@ def start(text, data_dir, cache, device, precision):
     model, tokenizer = gdrt.start_model(args, dataset, job)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = gdrt.draw_windows(dataset.train, args.windows, args.seed)
-    trees = build_trees(prompts, windows, pack=packs(model, prompts, windows, job.device))
+    prompts = fit_prompts(model, prompts, windows, job.device)
+    trees = build_trees(prompts, windows)
     updates = gdrt.plan(trees, args.batch, args.epochs, args.seed)
     shared = max(1, round(args.warmup * len(updates)))
     folder, before = tempfile.TemporaryDirectory(), copied(model)
@@ -264,17 +266,17 @@ def perform(run, options):
         line["training group NLL"] = np.mean([step["group_nll"] for step in last], axis=0).tolist()
 
     known, arrays, moment = {i for w in dataset.train for i in w.items[w.start:w.stop + 1]}, {}, time.perf_counter()
-    for part in ("valid",) if arguments.get("no_test") else ("valid", "test"):
-        windows = getattr(dataset, part)
-        if loss == "popularity":
-            line[part], each = list_metrics(dataset, windows, *popularity_lists(dataset, windows, 10))
-        else:
-            line[part], each, _ = evaluate_model(model, begun.prompts, dataset, windows, held, n_held, device=device)
-        arrays |= {f"{part} {name}": each[name].astype(kind) for name, kind in KEPT.items() if name in each}
-        arrays[f"{part} user"] = np.array([w.user for w in windows], dtype=np.int32)
-        arrays[f"{part} warm"] = np.array([w.items[w.stop] in known for w in windows])  # the target occurs in training
-        if part == "test" and loss != "popularity":
-            line["audit"] = audit(model, begun.prompts, windows, held, n_held, each["NDCG@10"], seed=seed, device=device)
+    part = "valid" if arguments.get("no_test") else "test"
+    windows = getattr(dataset, part)
+    if loss == "popularity":
+        line[part], each = list_metrics(dataset, windows, *popularity_lists(dataset, windows, 10))
+    else:
+        line[part], each, _ = evaluate_model(model, begun.prompts, dataset, windows, held, n_held, device=device)
+    arrays |= {f"{part} {name}": each[name].astype(kind) for name, kind in KEPT.items() if name in each}
+    arrays[f"{part} user"] = np.array([w.user for w in windows], dtype=np.int32)
+    arrays[f"{part} warm"] = np.array([w.items[w.stop] in known for w in windows])  # the target occurs in training
+    if part == "test" and loss != "popularity":
+        line["audit"] = audit(model, begun.prompts, windows, held, n_held, each["NDCG@10"], seed=seed, device=device)
     done = time.perf_counter()
     line["seconds"] = seconds | {"evaluate": done - moment, "total": done - began}
     line |= gdrt.environment()
@@ -311,7 +313,8 @@ def run_all(runs, options):
         line, arrays = perform(run, options)
         save(options.results, line | {"experiment": options.experiment}, arrays)
         remaining = (time.perf_counter() - began) / number * (len(left) - number) / 60
-        say(f"{number}/{len(left)} {run['row']} {name}: validation NDCG@10 {line['valid']['NDCG@10']:.4f}, "
+        part = "valid" if "valid" in line else "test"
+        say(f"{number}/{len(left)} {run['row']} {name}: {part} NDCG@10 {line[part]['NDCG@10']:.4f}, "
             f"{line['seconds']['total']:.0f} s; about {remaining:.0f} min left")
 
 

@@ -115,13 +115,15 @@ def random_prompts(seed=0, n=12, vocabulary=40, bos=True, longest=10**6, lengths
 
 
 def small_model(kind="llama", vocabulary=40, tied=False, seed=0, scale=0.3, places=512, dropout=0.0):
-    """A random model in evaluation mode: Llama (rotary positions) or GPT-2 (learned ones); scale: of its weights."""
+    """A random model in evaluation mode: Llama (rotary positions), GPT-2 (learned ones) or Mamba (none); scale: of its weights."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
     torch.manual_seed(seed)
     common = {"vocab_size": vocabulary, "tie_word_embeddings": tied, "initializer_range": scale, "bos_token_id": 0, "eos_token_id": 1}
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=places, attn_pdrop=dropout, **common)).eval()
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **common)).eval()
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                         num_key_value_heads=2, max_position_embeddings=places, attention_dropout=dropout, **common)).eval()
 

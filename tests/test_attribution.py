@@ -263,12 +263,14 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
     assert (~np.isnan(r)).sum() == len(expected) and 0 < sum(values == [1.0, 1.0] for values in expected.values()) < len(expected) / 2
 
 
-def test_the_sample_takes_each_target_so_often(toy):
+def test_the_sample_takes_each_target_so_often_and_whole_trees(toy):
     windows = toy[0].train
     often = np.bincount([w.items[w.stop] for w in windows])
     for per_title in (1, 3):
         sample = sample_windows(windows, per_title, 0)
-        assert (np.bincount([w.items[w.stop] for w in sample]) == np.minimum(often, per_title)).all()
+        assert (np.bincount([w.items[w.stop] for w in sample], minlength=len(often)) >= np.minimum(often, per_title)).all()
+        whole = {id(w.items): [v for v in windows if v.items is w.items and v.start == w.start] for w in sample[:50]}
+        assert all(v in sample for tree in whole.values() for v in tree) and len(sample) < len(windows)
         assert sample == sample_windows(windows, per_title, 0) != sample_windows(windows, per_title, 1)
         place = {(w.user, w.stop): i for i, w in enumerate(windows)}
         assert np.all(np.diff([place[w.user, w.stop] for w in sample]) > 0)  # in order, so that they share trees

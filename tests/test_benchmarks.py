@@ -65,10 +65,9 @@ def test_every_row_leaves_a_line_and_outcomes_that_agree(done):
     assert set(lines) == set(ROWS)
     for row, line in lines.items():
         with np.load(results / "windows" / f"{line['key']}.npz", allow_pickle=False) as kept:
-            for part in ("valid", "test"):
-                assert len(kept[f"{part} user"]) == 24
-                for name in ("NDCG@10", "HR@10") + (() if row == "popularity" else ("NLL", "legal NLL")):
-                    assert kept[f"{part} {name}"].astype(float).mean() == pytest.approx(line[part][name], abs=1e-3)
+            assert len(kept["test user"]) == 24
+            for name in ("NDCG@10", "HR@10") + (() if row == "popularity" else ("NLL", "legal NLL")):
+                assert kept[f"test {name}"].astype(float).mean() == pytest.approx(line["test"][name], abs=1e-3)
         assert {"versions", "commit", "machine", "seconds", "arguments", "data"} <= set(line)
     assert lines["before"]["test"]["legal NLL"] != lines["sft"]["test"]["legal NLL"]
     trained = [line["test"]["legal NLL"] for row, line in lines.items() if row not in ("popularity", "before")]

@@ -32,7 +32,7 @@ def audit_of(source, K):
     def method():
         return {"auxiliary share": source.random(), "auxiliary share first": source.random(), "by position": source.random(6).tolist(),
                 "by group": [*source.random(K - 1).tolist(), None]}
-    return {"windows": 12, "ablation": method(), "gradient": method(), "NDCG@10 lost by shuffled histories": 0.01}
+    return {"windows": 12, "ablation": method(), "legal ablation": method(), "gradient": method(), "NDCG@10 lost by shuffled histories": 0.01}
 
 
 def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):

@@ -7,7 +7,7 @@ import torch
 from conftest import continuations, prompt_of, random_prompts, separate_logits, small_model
 from transformers import DynamicCache
 
-from data import InputError, Window, build_trie, load_dataset, make_prompts, positions
+from data import InputError, Window, build_trie, fit_prompts, load_dataset, make_prompts, positions
 from evaluate import rank
 
 GAP = 1e-4  # nats; titles closer than this may stand in either order
@@ -97,6 +97,18 @@ def test_a_title_that_begins_another():
     for softmax in ("trie", "full"):
         for width in (1, 4):
             check(rank(model, prompts, windows, 4, softmax, True, width), truth[softmax], windows, 4, True)
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+def test_a_model_that_follows_no_mask_is_read_prompt_by_prompt(softmax):
+    """Mamba has no attention, so no mask to follow."""
+    prompts, model = random_prompts(4, 20, lengths=(1, 5), letters=3), small_model("mamba", scale=0.5)
+    windows = [Window(user, tuple(np.random.default_rng(user).permutation(20)[:3 + user].tolist()), 0, 2 + user) for user in range(4)]
+    prompts = fit_prompts(model, prompts, windows)
+    assert prompts.alone
+    truth = score_all(model, prompts, windows)[softmax]
+    for width, rows in ((1, 4), (5, 2)):
+        check(rank(model, prompts, windows, 10, softmax, False, width, rows), truth, windows, 10, False)
 
 
 def test_scores_over_legal_tokens_are_a_distribution():
