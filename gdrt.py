@@ -252,6 +252,11 @@ def group_dro(eta):
     return objective
 
 
+def training_attention(model, job):
+    """Name of the fastest attention with a backward: a CPU's fused kernel has a slow one."""
+    return "eager" if job.device == "cpu" else model.config._attn_implementation
+
+
 def update(model, optimizer, trees, prompts, group, objective, log_q, job):
     """One optimizer step on the global batch `trees` -> (log_q, diagnostics).
 
@@ -369,9 +374,8 @@ def train(model, prompts, trees, updates, span, group, objective, n_groups, job,
     if writes:
         write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
     model.train()
-    backward = "eager" if job.device == "cpu" else model.config._attn_implementation  # a CPU's fused kernel has a slow backward
     progress = tqdm(range(step, span[1]), desc=folder.name if folder else "language", disable=None if job.rank == 0 else True)
-    with attention(model, backward), ctrl_c() as pressed, open(log if writes else os.devnull, "a", encoding="utf-8") as file:
+    with attention(model, training_attention(model, job)), ctrl_c() as pressed, open(log if writes else os.devnull, "a", encoding="utf-8") as file:
         for step in progress:
             start = time.perf_counter()
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(updates), job.lr)

@@ -139,7 +139,7 @@ def training_row(model, tokenizer, prompts, windows, per_update, candidates, job
             speeds[batch] += trainer(copy.deepcopy(model), tokenizer, trial, batch, per_update, job)
     best = min(candidates, key=lambda batch: np.median(speeds[batch]))
 
-    mine, group = copy.deepcopy(model).train(), torch.zeros(prompts.trie.path.shape, dtype=torch.long, device=job.device)
+    mine, group = in_training(copy.deepcopy(model), job), torch.zeros(prompts.trie.path.shape, dtype=torch.long, device=job.device)
     optimizer = torch.optim.AdamW(mine.parameters(), lr=job.lr, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True)
     updates = iter(gdrt.plan(trees, per_update, 1, seed=0))
     log_q, seconds, work = torch.zeros(1, device=job.device), [], []
@@ -218,7 +218,7 @@ def trained(name, run=None):
     trees, job = build_trees(prompts, dataset.train), default_job()
     group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True)
-    began, model = time.perf_counter(), model.train()
+    began, model = time.perf_counter(), in_training(model, job)
     for step, update in enumerate(gdrt.plan(trees, TINY_PLAN, 10**4 // len(trees) + 10, seed=0)):
         left = 1 - (time.perf_counter() - began) / MINUTE
         if left <= 0:
@@ -226,12 +226,19 @@ def trained(name, run=None):
         optimizer.param_groups[0]["lr"] = job.lr * min(left, (step + 1) / 20)
         gdrt.update(model, optimizer, [trees[i] for i in update], prompts, group, gdrt.sft, torch.zeros(1), job)
     say(f"{name}: {step} updates in {MINUTE} s")
+    model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer, prompts
 
 
-def default_job():
+def in_training(model, job):
+    """The model as gdrt.train has it around gdrt.update."""
+    model.set_attn_implementation(gdrt.training_attention(model, job))
+    return model.train()
+
+
+def default_job(precision="auto"):
     """The Job of gdrt.py's defaults on this machine's CPU."""
-    return gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
+    return gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu", "--precision", precision]))
 
 
 def part_of(values, share, seed=0):
@@ -277,7 +284,7 @@ def gdrt_update(args):
     group = torch.arange(4).repeat(prompts.trie.path.size)[:prompts.trie.path.size].view(prompts.trie.path.shape)
 
     def side(step):
-        mine = copy.deepcopy(model).train()
+        mine = in_training(copy.deepcopy(model), job)
         optimizer = torch.optim.AdamW(mine.parameters(), lr=job.lr, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True)
         return lambda batch: step(mine, optimizer, batch)
     sides = {"plain": side(lambda *mine: bare_step(*mine, job))}
@@ -428,14 +435,14 @@ def child_search(name, run, users, rows=64):
 # ------------------------------------------------------------------------------------------------ rows: memory and limit
 
 def memory(args):
-    """Peak resident memory: gdrt.py --dataset ml-100k from start to end, and Trainer training alone at its fastest batch."""
+    """Peak resident memory: gdrt.py --dataset ml-100k from start to end, and Trainer at its fastest batch, on a quarter of an epoch."""
     known = read_results(args.out)["rows"].get("train-tiny", {}).get("peer batch size", 16)
     with tempfile.TemporaryDirectory() as folder:
         command = [ROOT / "gdrt.py", "--device", "cpu", "--out", folder]
         if args.share < 1:
             command += ["--windows", round(args.share * len(dataset_of("ml-100k").train)), "--epochs", 1]
         _, ours = peak_memory(*command)
-    _, theirs = peak_memory(__file__, "--child", "trainer", known, args.share, *threads_flag(args))
+    _, theirs = peak_memory(__file__, "--child", "trainer", known, args.share / 4, *threads_flag(args))
     return {"ratio": ours / theirs, "ours": ours, "peer": theirs, "unit": "MB", "peer batch size": known}
 
 
@@ -481,8 +488,9 @@ def operators(step, most=10):
 def limit(args):
     """Useful FLOP/s of the training update over the machine's matrix product rate, measured in turns with it."""
     row = {}
-    for name, large, per_update, updates in (("tiny", False, TINY_PLAN, 40), ("135m", True, LARGE_PLAN, 8)):
-        dataset, job = dataset_of("ml-100k"), default_job()
+    cases = (("tiny", False, TINY_PLAN, 40, "auto"), ("135m", True, LARGE_PLAN, 8, "auto"), ("135m, fp32", True, LARGE_PLAN, 8, "fp32"))
+    for name, large, per_update, updates, precision in cases:
+        dataset, job = dataset_of("ml-100k"), default_job(precision)
         model, _, prompts = start(dataset, large)
         trees = build_trees(prompts, gdrt.draw_windows(dataset.train, 20 * per_update, 0))
         plan = [[trees[i] for i in update] for update in gdrt.plan(trees, per_update, 10, seed=0)[:max(2, round(updates * args.share))]]
@@ -490,7 +498,7 @@ def limit(args):
         group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
 
         def step(batch):
-            return gdrt.update(model.train(), optimizer, batch, prompts, group, gdrt.sft, torch.zeros(1), job)
+            return gdrt.update(in_training(model, job), optimizer, batch, prompts, group, gdrt.sft, torch.zeros(1), job)
         nodes = int(np.median([sum(len(tree.ids) for tree in batch) for batch in plan]))
         own = nodes, model.config.hidden_size, model.config.intermediate_size
         seconds, rates = in_turns({"update": step, "product": lambda _: product_rate(job.precision),
