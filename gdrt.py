@@ -697,7 +697,7 @@ def parser():
     add("--min-rating", type=float, default=4.0, metavar="R", help="ratings from R up are positives")
     add("--windows", type=positive(int), metavar="N", help="train on N windows, drawn as whole trees (default: all)")
     add = p.add_argument_group("model").add_argument
-    add("--model", default="tiny", help="tiny (a Llama of 1.7 million parameters, pre-trained on titles here), smollm2-135m, or any Hub "
+    add("--model", default="tiny", help="tiny (a Llama of about 2 million parameters, pre-trained on titles here), smollm2-135m, or any Hub "
         "id or folder of a decoder-only LM")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else mps, else cpu")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training passes; auto: bf16 where the hardware "

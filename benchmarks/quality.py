@@ -4,6 +4,7 @@
     python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
     python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
+    python benchmarks/quality.py grid --rows sft gdrt --seeds 3      a part of it; the rest can follow
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
@@ -70,7 +71,7 @@ def make_run(row, setting, seed, **changes):
     shared = CONFIG["every"] | setting | {"seed": seed}
     told = {name: value for name, value in changes.items() if name != "no_test" and base.get(name) != value}
     label = row + "".join(f" {name}={value:g}" if isinstance(value, float) else f" {name}={value}" for name, value in told.items())
-    return {"row": label, "arguments": base | changes | {"seed": seed}, "reference": {name: shared[name] for name in START}}
+    return {"name": row, "row": label, "arguments": base | changes | {"seed": seed}, "reference": {name: shared[name] for name in START}}
 
 
 def key(arguments):
@@ -109,14 +110,10 @@ def experiments(name, folders=()):
             raise InputError("transfer: name the folders of office and book with --data")
         return [run for folder in folders for run in table_of(
             (*base[:2], *four), {"dataset": folder, "split": "leave-one-out", "windows": 10_000}, 3)]
-    if name == "tune":  # warm-up is nothing to SFT, so its trials of that number go to the batch; 18 for each
-        common = {"lr": (1e-3, 2e-3, 4e-3), "epochs": (4, 8, 12)}
-        return trials("sft", **common, batch=(64, 128)) + trials("gdrt", **common, warmup=(0.1, 0.3))
-    if name == "tune2":  # around what tune put into CONFIG; 20 for each
-        lr, batch, epochs = (CONFIG["every"][name] for name in ("lr", "batch", "epochs"))
-        lrs = [round(lr * factor, 6) for factor in (0.35, 0.7, 1.0, 1.4, 2.8)]
-        return (trials("sft", lr=lrs, batch=(batch // 2, batch), epochs=(epochs, epochs * 3 // 2))
-                + trials("gdrt", tau=(0.3, 1.0, 3.0, 5.0, 10.0), prior=("uniform", "share"), groups=(4, 8)))
+    if name == "tune":  # what GDRT shares with SFT is chosen by SFT
+        return trials("sft", lr=(1e-3, 2e-3, 4e-3), batch=(64, 128))
+    if name == "tune2":  # as many trials for GDRT, of its own numbers, around what tune put into CONFIG
+        return trials("gdrt", tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
@@ -323,6 +320,8 @@ def parser():
     p.add_argument("experiment", nargs="?",
                    choices=("quick", "power", "tune", "tune2", "grid", "loo", "transfer", "toy", "dose"))
     p.add_argument("--quick", dest="experiment", action="store_const", const="quick", help="the same as quick")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"only these rows: {', '.join(ROWS)}")
+    p.add_argument("--seeds", type=int, default=10**6, metavar="N", help="only the first N seeds of each row")
     p.add_argument("--data", nargs="+", default=[], metavar="PATH", help="transfer: folders in the CSV format of gdrt.py")
     p.add_argument("--results", type=Path, help="where results go (default: results in the repository; quick: runs/quick)")
     p.add_argument("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
@@ -341,7 +340,9 @@ def main(argv=None):
     options.results = options.results or ROOT / ("runs/quick" if options.experiment == "quick" else "results")
     options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
     try:
-        run_all(experiments(options.experiment, options.paths), options)
+        runs = [run for run in experiments(options.experiment, options.paths)
+                if run["arguments"]["seed"] < options.seeds and run["name"] in options.rows]
+        run_all(runs, options)
         shown = {"quick": ("grid", "statements"), "power": ("power",)}.get(options.experiment)
         if shown and not options.dry_run:
             print("\n\n".join(tables.sections(options.results, shown).values()))

@@ -124,11 +124,16 @@ def test_tables_of_a_real_run(done, capsys):
 
 
 def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
-    for name in ("tune", "tune2"):
-        runs = quality.experiments(name)
-        assert all(run["arguments"]["no_test"] for run in runs)
-        count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
-        assert count["sft"] == count["gdrt"] == len(runs) / 2
+    runs = quality.experiments("tune") + quality.experiments("tune2")
+    assert all(run["arguments"]["no_test"] for run in runs)
+    count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
+    assert count["sft"] == count["gdrt"] == len(runs) / 2
+
+
+def test_a_part_of_an_experiment(capsys, tmp_path):
+    quality.main(["grid", "--rows", "sft", "gdrt", "--seeds", "2", "--dry-run", "--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["sft", "gdrt"] * 2 and sum("seed1" in line for line in lines) == 2
 
 
 def test_a_dose_at_its_usual_value_is_the_grids_own_run():

@@ -104,7 +104,8 @@ def test_other_models_from_a_folder(small, tmp_path, kind, tied, capsys):
     tokenizer = tiny_tokenizer(load_dataset(small[1]))
     small_model(kind, len(tokenizer), tied).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    gdrt.main([*small, "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--name", "run", "--relevance", "ablation"])
+    gdrt.main([*small, "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--name", "run", "--relevance", "ablation", "--loss", "gdrt",
+               "--windows", "24"])
     shown = capsys.readouterr()
     assert "GDRT" in shown.out and ("each runs by itself" in shown.err) == (kind == "mamba")
     evaluate.main([str(tmp_path / "run")])
