@@ -103,7 +103,8 @@ def compare(model, prompts, windows):
         seconds[name], ours[name] = speed.seconds_of(prompt_by_prompt, model, prompts, windows, measure)
     ablated = {kinds: [values[:, i] for values in ours["ablation"]] for i, kinds in enumerate(segments[:2])}
     ablated[TEMPLATE,] = [values[:, 0] for values in ours["template"]]
-    peers = {"LLMAttribution": lambda tree: llm_attribution(longer, ids, mean, tree),
+    # its default of cached outputs breaks with transformers 5.24: it passes a cache_position that no model reads any more
+    peers = {"LLMAttribution": lambda tree: llm_attribution(longer, ids, mean, tree, use_cached_outputs=False),
              "LLMAttribution, whole title at once": lambda tree: llm_attribution(longer, ids, mean, tree, forward_in_tokens=False),
              "FeatureAblation": lambda tree: embedding_ablation(model, tree)}
     times, differences = {}, {}
@@ -147,7 +148,7 @@ def main(argv=None):
                                        "ratio": ratio, "ratio to its fastest setting": least, "processor": speed.processor(), **machine}, indent=1) + "\n")
     print(format_table(("against ours", "largest difference, nats"), [(k, f"{v:.1e}") for k, v in differences.items()]))
     print(format_table(("all target tokens of a prompt", "ms"), [(k, f"{1000 * v:.2f}") for k, v in times.items()]))
-    print(f"ours is {ratio:.1f} times as fast as LLMAttribution as it comes (goal: {FASTER}), {least:.1f} times as fast as with forward_in_tokens=False")
+    print(f"ours is {ratio:.1f} times as fast as LLMAttribution token by token (goal: {FASTER}), {least:.1f} times as fast as with forward_in_tokens=False")
     if max(differences.values()) > AGREE:
         sys.exit(1)
 

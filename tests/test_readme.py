@@ -58,3 +58,13 @@ def test_main_job(tmp_path, monkeypatch):
     for name in ("SFT", "GDRT"):
         row = next(line.split() for line in out.splitlines() if line.startswith(name))
         assert float(row[4]) >= 0.065
+
+
+def test_tables_are_those_of_the_results(monkeypatch):
+    """What speed.py --table and tables.py make of results/ stands in the README to the letter."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import speed
+    import tables
+    assert speed.table(speed.read_results(ROOT / "results" / "speed.json")) in README
+    made = tables.sections(ROOT / "results", [name for name in tables.SECTIONS if f"<!-- quality: {name} -->" in README])
+    assert made and all(body.strip() in README for body in made.values())
