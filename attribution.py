@@ -131,7 +131,7 @@ def attributions(model, trees, method="gradient", tries=(None,), steps=STEPS, de
     with measuring(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
             batch = collate([trees[i] for i in indices], device)
-            A = [a.double() for a in measure(batch)]
+            A = [a.cpu().double() for a in measure(batch)]
             parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.step, batch.window)])
     return [np.concatenate(part) for part in zip(*parts)]
 
@@ -174,7 +174,7 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
             for indices in by_length(trees):
                 batch = collate([trees[i] for i in indices], device)
                 p = label_log_prob(target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)).exp()
-                parts.append([x.cpu().numpy() for x in (p.double(), batch.item, batch.step)])
+                parts.append([x.cpu().numpy() for x in (p.cpu().double(), batch.item, batch.step)])
         r, item, step = (np.concatenate(part) for part in zip(*parts))
     else:
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))

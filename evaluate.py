@@ -99,7 +99,7 @@ def rank(model, prompts, windows, k=10, softmax="trie", keep_seen=False, width=8
                 allowed[row] &= ~torch.isin(forks.item, torch.tensor(known, device=device))
         score, count = search(model, collate([trees[i] for i in chosen], device), forks, allowed, k_kept, softmax, width, prompts.alone)
         best, place = score.topk(k_kept, dim=1)  # (B, k)
-        scores[chosen, :k_kept] = best.double().cpu().numpy()
+        scores[chosen, :k_kept] = best.cpu().double().numpy()
         items[chosen, :k_kept] = torch.where(best > -torch.inf, forks.item[place], -1).cpu().numpy()
         forwarded[chosen] = count.cpu().numpy()
     return Ranking(items, scores, forwarded)
@@ -464,7 +464,7 @@ def token_nlls(model, prompts, trees, device="cpu"):
         full = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
         owner, token, chosen = legal_tokens(batch, prompts.trie)
         legal = -log_softmax_over(logits, owner, token)[chosen]
-        parts.append([x.cpu().numpy() for x in (full.double(), legal.double(), batch.item, batch.step, batch.window)])
+        parts.append([x.cpu().numpy() for x in (full.cpu().double(), legal.cpu().double(), batch.item, batch.step, batch.window)])
     return [np.concatenate(part) for part in zip(*parts)]
 
 

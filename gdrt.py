@@ -268,13 +268,13 @@ def update(model, optimizer, trees, prompts, group, objective, log_q, job):
     size = -(-len(mine) // job.accumulate) or 1
     batches = [collate(mine[i:i + size], job.device) for i in range(0, len(mine), size)]
     groups = [group[batch.item, batch.step] for batch in batches]  # (N,) each
-    K = len(log_q)
+    K, wide = len(log_q), torch.float32 if job.device == "mps" else torch.float64  # Apple's GPUs have no float64
 
     def sums(nll, group):  # (2, K): summed NLL and number of tokens by group
-        pair = torch.stack([nll.detach().double(), torch.ones_like(nll, dtype=torch.float64)])
-        return torch.zeros(2, K, dtype=torch.float64, device=nll.device).index_add_(1, group, pair)
+        pair = torch.stack([nll.detach(), torch.ones_like(nll)]).to(wide)
+        return torch.zeros(2, K, dtype=wide, device=nll.device).index_add_(1, group, pair)
 
-    kept, total = None, torch.zeros(2, K, dtype=torch.float64, device=job.device)
+    kept, total = None, torch.zeros(2, K, dtype=wide, device=job.device)
     if len(batches) == 1:
         kept = token_nll(model, batches[0], prompts, job)
         total += sums(kept, groups[0])
@@ -288,12 +288,12 @@ def update(model, optimizer, trees, prompts, group, objective, log_q, job):
 
     none = mean.new_zeros(0)
     _, q, moved = objective(none, none.long(), mean, count, log_q)  # also where this rank got no tree
-    loss = torch.zeros(1, dtype=torch.float64, device=job.device)
+    loss = torch.zeros(1, dtype=wide, device=job.device)
     for batch, g in zip(batches, groups):
         nll = token_nll(model, batch, prompts, job) if kept is None else kept
         terms = objective(nll, g, mean, count, log_q)[0]
         terms.sum().backward()
-        loss += terms.detach().double().sum()
+        loss += terms.detach().to(wide).sum()
     all_reduce(loss, job)
     if job.world > 1:  # the loss is a sum over ranks, so is its gradient: one message for all parameters
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -525,7 +525,7 @@ def start_job(args):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = args.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this machine shows no GPU to PyTorch; use --device auto or cpu")
@@ -699,7 +699,8 @@ def parser():
     add = p.add_argument_group("model").add_argument
     add("--model", default="tiny", help="tiny (a Llama of about 2 million parameters, pre-trained on titles here), smollm2-135m, or any Hub "
         "id or folder of a decoder-only LM")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else mps, else cpu")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if it is there, else cpu; "
+        "mps was never tried by us")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of training passes; auto: bf16 where the hardware "
         "has it. Weights, scores and relevance are fp32")
     add = p.add_argument_group("method").add_argument
