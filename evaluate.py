@@ -502,8 +502,9 @@ AUDITED = 150  # windows the audit reads at most: its shares are then certain to
 def audit(model, prompts, windows, group, n_groups, ndcg, softmax="trie", keep_seen=False, seed=0, device="cpu"):
     """The bias audit on `windows` -> dict. ndcg: (n,) NDCG@10 of each with its own history. group: (items, L) or None.
 
-    Auxiliary share by ablation and, on every second window, by gradient: over all tokens and first tokens, by group and by place in the title;
-    'legal': over legal continuations. NDCG@10 lost when histories are shuffled between users (seen titles stay the user's own).
+    Auxiliary share over all tokens and first tokens, by group and by place in the title: by ablation, with the softmax over the vocabulary
+    ('ablation') and over legal continuations ('legal ablation'), and on every second window by gradient. NDCG@10 lost when
+    histories are shuffled between users (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows, ndcg = [windows[i] for i in chosen], ndcg[chosen]
