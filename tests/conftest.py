@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the Hub is marked network and unsets this
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one worker a core, one thread a worker
 
 MARKED = {"slow": "minutes of CPU", "network": "needs PyPI", "gpu": "needs CUDA"}
 
@@ -172,14 +174,14 @@ def steady(small, tmp_path_factory):
     return [*small, "--model", str(folder / "model")]
 
 
-TIMING = {"seconds", "windows_per_s", "time"}  # keys of what a clock says; all else is equal where the seed is
+OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}  # keys of what a clock or git says; all else is equal where the seed is
 
 
-def without_times(value):
-    """A JSON value without what a clock says, at any depth."""
+def reproducible(value):
+    """A JSON value without what a clock or git says, at any depth."""
     if isinstance(value, dict):
-        return {key: without_times(inner) for key, inner in value.items() if key not in TIMING}
-    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+        return {key: reproducible(inner) for key, inner in value.items() if key not in OUTSIDE}
+    return [reproducible(inner) for inner in value] if isinstance(value, list) else value
 
 
 def contents(folder):
@@ -193,7 +195,7 @@ def contents(folder):
             return flat(torch.load(path, weights_only=True))
         if path.suffix in (".json", ".jsonl") and path.parent.name != "model":
             lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            return [without_times(json.loads(line)) for line in lines]
+            return [reproducible(json.loads(line)) for line in lines]
         return path.read_bytes()
 
     def flat(value):
