@@ -1,6 +1,6 @@
 """README's tables and figures from results/quality.jsonl and results/windows/*.npz, and from nothing else.
 
-    python benchmarks/tables.py [SECTION ...]            Markdown of grid, loo, transfer, toy, dose, power, tune, statements
+    python benchmarks/tables.py [SECTION ...]            Markdown of SECTIONS: grid, loo, transfer and so on
     python benchmarks/tables.py --readme --figures       into README.md between its markers, and results/figures/*.svg
 
 How sure: accuracy and title NLL are known by window; users, with all their windows, and seeds are resampled together, and
@@ -21,7 +21,8 @@ T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262) 
 DETECTED = 1.96 + 0.84  # standard errors that a two-sided 5% test sees in 80% of repetitions
 FIRST = "popularity", "before", "sft", "gdrt"  # rows of a table; the rest follow in the order of running
 GRID = {"dataset": "ml-100k", "split": "time", "windows": 10_000}
-PLACES = {"grid": GRID, "loo": {"dataset": "ml-100k", "split": "leave-one-out", "windows": None}, "toy": {"dataset": "toy"}}
+PLACES = {"grid": GRID, "loo": {"dataset": "ml-100k", "split": "leave-one-out", "windows": None}, "toy": {"dataset": "toy"},
+          "smollm2": {"dataset": "ml-100k", "model": "smollm2-135m"}}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -302,7 +303,7 @@ def dose_table(results, lines):
                      for name in DOSES for value, triples in dose_curve(results, lines, name)])
 
 
-SECTIONS = "grid", "loo", "transfer", "toy", "dose", "power", "tune", "statements"
+SECTIONS = "grid", "loo", "transfer", "toy", "smollm2", "dose", "power", "tune", "statements"
 
 
 def sections(results, names=SECTIONS):
