@@ -18,6 +18,7 @@ import html
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -820,6 +821,7 @@ def load_model(name, cache=None):
     if name == "smollm2-135m":
         return load_smollm2(cache)
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: our sentence says what came of them
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
