@@ -10,7 +10,8 @@
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
 validation for the trials of tune and tune2, on test for the rest;
-results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed.
+results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and
+results/windows/groups-KEY.npz the groups by which all rows of a seed report their held-out NLL.
 
 Read `CONFIG` first, then `experiments`, then the controls, then `perform`. Losses of a seed share the SFT warm-up, the
 relevance and the batches, as in gdrt.py; the controls are nothing but other objectives and other tables of groups.
@@ -181,6 +182,20 @@ def measured(begun, name, seed):
     return begun.measured[name]
 
 
+def held_groups(reference, run, results):
+    """(group table, K) by which held-out NLL is reported: those of the reference's relevance, kept once measured.
+
+    Relevance differs by rounding, hence with machine and threads; rows of a seed stay comparable because all read one file.
+    """
+    path = results / "windows" / f"groups-{key(run['reference'] | {'loss': 'sft'})}.npz"
+    name, n_held = ("planted", 2) if reference.dataset.planted else ("gradient", CONFIG["gdrt"]["groups"])
+    if not path.exists():
+        group = cut_groups(measured(reference, name, run["reference"]["seed"])[0], reference.windows, n_held)[0]
+        write_atomic(path, lambda file: np.savez_compressed(file, group=group.astype(np.int8)))
+    with np.load(path, allow_pickle=False) as kept:
+        return kept["group"].astype(np.int64), n_held
+
+
 # ------------------------------------------------------------------------------------------------ one run
 
 class Start(NamedTuple):
@@ -247,8 +262,7 @@ def perform(run, options):
     began, arguments = time.perf_counter(), run["arguments"]
     begun, reference = begin(arguments, options), begin(run["reference"], options)
     loss, seed, device, dataset = arguments["loss"], arguments["seed"], begun.job.device, begun.dataset
-    name, n_held = ("planted", 2) if dataset.planted else ("gradient", CONFIG["gdrt"]["groups"])
-    held = cut_groups(measured(reference, name, seed)[0], reference.windows, n_held)[0]
+    held, n_held = held_groups(reference, run, options.results)
     group, n_groups, seconds = held, n_held, {"warm-up": begun.seconds, "relevance": 0, "train": 0}
     line = {"key": key(arguments), "row": run["row"], "arguments": arguments, "data": dataset.digest}
     if "relevance" in arguments:
