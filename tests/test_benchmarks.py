@@ -114,6 +114,19 @@ def test_finished_runs_are_skipped_and_a_lost_one_is_done_again(done, monkeypatc
     assert again["test"] == before["test"] and again["key"] == before["key"]  # whatever ran before it in the process
 
 
+def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
+    results, options, runs = done
+    path, = (results / "windows").glob("groups-*.npz")
+    whole, run = path.read_bytes(), next(run for run in runs if run["row"] == "sft")
+    with np.load(path, allow_pickle=False) as kept:
+        np.savez(path, group=np.where(kept["group"] < 0, -1, 1 - kept["group"]))  # as if another machine had measured it
+    try:
+        swapped = quality.perform(run, options)[0]["test"]["group legal NLL"]
+    finally:
+        path.write_bytes(whole)
+    assert swapped == pytest.approx(by_row(results)["sft"]["test"]["group legal NLL"][::-1])
+
+
 def test_tables_of_a_real_run(done, capsys):
     tables.main(["toy", "--results", str(done[0])])
     text = capsys.readouterr().out
