@@ -264,7 +264,8 @@ def perform(run, options):
     loss, seed, device, dataset = arguments["loss"], arguments["seed"], begun.job.device, begun.dataset
     held, n_held = held_groups(reference, run, options.results)
     group, n_groups, seconds = held, n_held, {"warm-up": begun.seconds, "relevance": 0, "train": 0}
-    line = {"key": key(arguments), "row": run["row"], "arguments": arguments, "data": dataset.digest}
+    line = {"key": key(arguments), "row": run["row"], "arguments": arguments, "data": dataset.digest,
+            "held groups": hashlib.sha256(held.tobytes()).hexdigest()[:10]}
     if "relevance" in arguments:
         n_groups, (r, seconds["relevance"]) = arguments["groups"], measured(begun, arguments["relevance"], seed)
         group, line["cuts"], line["shares"] = cut_groups(r, begun.windows, n_groups)

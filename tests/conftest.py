@@ -43,7 +43,7 @@ def toy(tmp_path_factory):
     model, tokenizer = gdrt.pretrain_tiny(dataset, gdrt.Job())
     prompts = make_prompts(dataset, tokenizer, positions(model))
     trees = build_trees(prompts, dataset.train)
-    updates = gdrt.plan(trees, 128, 2, 0)
+    updates = gdrt.plan(trees, 128, 1, 0)
     table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
     gdrt.train(model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.Job())
     return dataset, model.eval(), tokenizer, prompts

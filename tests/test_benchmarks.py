@@ -125,6 +125,8 @@ def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
     finally:
         path.write_bytes(whole)
     assert swapped == pytest.approx(by_row(results)["sft"]["test"]["group legal NLL"][::-1])
+    sft, gdrt = by_row(results)["sft"], by_row(results)["gdrt"]
+    assert set(tables.read_alike({0: gdrt}, {0: sft})) == {0} and not tables.read_alike({0: gdrt | {"held groups": "others"}}, {0: sft})
 
 
 def test_tables_of_a_real_run(done, capsys):
