@@ -165,11 +165,6 @@ def reading(line):
     return line.get("held groups") or line.get("machine", {}).get("threads")
 
 
-def read_alike(row, sft):
-    """The seeds of `row` that were read by the same groups as sft's."""
-    return {seed: line for seed, line in row.items() if seed in sft and reading(line) == reading(sft[seed])}
-
-
 def unfairness(line):
     return line["test"]["MGU@5"]
 
@@ -177,6 +172,12 @@ def unfairness(line):
 def by_seed(row, sft, get):
     """Paired differences row - sft of what `get` reads off a line: (mean, low, high) by seed_interval."""
     return seed_interval([get(row[seed]) - get(sft[seed]) for seed in sorted(set(row) & set(sft))])
+
+
+def group_zero_to_sft(row, sft):
+    """by_seed of group 0's NLL, of the seeds whose two runs were read by the same groups."""
+    alike = {seed: line for seed, line in row.items() if seed in sft and reading(line) == reading(sft[seed])}
+    return by_seed(alike, sft, group_zero)
 
 
 def by_window(results, row, sft, name, warm=False):
@@ -207,7 +208,7 @@ def table(results, rows, warm=False):
                  span(by_window(results, row, sft, "legal NLL", warm)[1]) if learned else ""]
         if not warm:
             groups = np.mean([group_nll(line) for line in lines], axis=0) if learned else []
-            cells += [" ".join(f"{x:.2f}" for x in groups), span(by_seed(read_alike(row, sft), sft, group_zero)), mean(unfairness),
+            cells += [" ".join(f"{x:.2f}" for x in groups), span(group_zero_to_sft(row, sft)), mean(unfairness),
                       span(by_seed(row, sft, unfairness), "{:+.4f}"), mean(lambda line: line["test"]["DGU@5"]),
                       mean(lambda line: line["test"]["coverage@10"], "{:.3f}"), mean(aux_ratio, "{:.2f}") if learned else "",
                       mean(cost, "{:.0f}") if name not in FIRST[:2] else ""]
@@ -269,7 +270,7 @@ def statements(results, lines):
         worst = [group_zero(line) - np.nanmax(group_nll(line)[1:]) for line in sft.values()]
         state(place, "premise: the group least tied to auxiliary tokens fares worst (SFT's NLL there less the next worst group's)",
               seed_interval(worst), 1e-9, "{:+.3f}", 1)
-        state(place, "premise: GDRT lowers the NLL of that group", by_seed(gdrt, sft, group_zero), -1e-9, "{:+.3f}", 1)
+        state(place, "premise: GDRT lowers the NLL of that group", group_zero_to_sft(gdrt, sft), -1e-9, "{:+.3f}", 1)
         if "before" in rows:
             untouched = aux_ratio(next(iter(rows["before"].values())))
             state(place, f"second-hand: SFT moves aux:user from 1:1 to 6:1 (log factor +1.79; here from {untouched:.1f}:1)",
@@ -303,7 +304,7 @@ def dose_curve(results, lines, name):
             if arguments | {name: 0} == usual | {name: 0}:
                 found[arguments[name]] = row, grid["sft"]
     return [(value, (100 * np.array(by_window(results, *pair, "NDCG@10")[0]), by_window(results, *pair, "legal NLL")[1],
-                     by_seed(*pair, group_zero), by_seed(*pair, unfairness)))
+                     group_zero_to_sft(*pair), by_seed(*pair, unfairness)))
             for value, pair in sorted(found.items()) if set(pair[0]) & set(pair[1])]
 
 

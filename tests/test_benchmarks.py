@@ -126,7 +126,8 @@ def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
         path.write_bytes(whole)
     assert swapped == pytest.approx(by_row(results)["sft"]["test"]["group legal NLL"][::-1])
     sft, gdrt = by_row(results)["sft"], by_row(results)["gdrt"]
-    assert set(tables.read_alike({0: gdrt}, {0: sft})) == {0} and not tables.read_alike({0: gdrt | {"held groups": "others"}}, {0: sft})
+    assert tables.group_zero_to_sft({0: gdrt}, {0: sft})[0] == tables.group_zero(gdrt) - tables.group_zero(sft)
+    assert np.isnan(tables.group_zero_to_sft({0: gdrt | {"held groups": "others"}}, {0: sft})).all()
 
 
 def test_tables_of_a_real_run(done, capsys):
