@@ -3,13 +3,14 @@
     python benchmarks/quality.py --quick                 the headline on three seeds, into runs/quick, under an hour
     python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
     python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
+    python benchmarks/quality.py tune3                   the same with all windows: the defaults of gdrt.py
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
     python benchmarks/quality.py smollm2                 a pretrained LM, one seed
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3      a part of it; the rest can follow
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
-validation for the trials of tune and tune2, on test for the rest;
+validation for the trials of tune, tune2 and tune3, on test for the rest;
 results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and
 results/windows/groups-KEY.npz the groups by which all rows of a seed report their held-out NLL.
 
@@ -89,9 +90,9 @@ def table_of(rows, setting, seeds):
     return [make_run(row, setting, seed) for seed in range(seeds) for row in rows if row not in UNTRAINED or seed == 0]
 
 
-def trials(row, **values):
+def trials(row, setting, **values):
     """Every combination of `values`, on validation alone."""
-    return [make_run(row, SETTINGS["grid"], 0, no_test=True, **dict(zip(values, combination)))
+    return [make_run(row, setting, 0, no_test=True, **dict(zip(values, combination)))
             for combination in itertools.product(*values.values())]
 
 
@@ -117,9 +118,12 @@ def experiments(name, folders=()):
         return [run for folder in folders for run in table_of(
             (*base[:2], *four), {"dataset": folder, "split": "leave-one-out", "windows": 10_000}, 3)]
     if name == "tune":  # what GDRT shares with SFT is chosen by SFT
-        return trials("sft", lr=(1e-3, 2e-3, 4e-3), batch=(64, 128))
+        return trials("sft", grid, lr=(1e-3, 2e-3, 4e-3), batch=(64, 128))
     if name == "tune2":  # as many trials for GDRT, of its own numbers, at what tune put into CONFIG
-        return trials("gdrt", tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))
+        return trials("gdrt", grid, tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))
+    if name == "tune3":  # all windows, for the defaults of gdrt.py: the winners of tune and tune2 against the runners-up
+        loo, lrs = SETTINGS["loo"], (2e-3, 4e-3)
+        return trials("sft", loo, lr=lrs, batch=(64, 128)) + trials("gdrt", loo, lr=lrs, prior=("uniform", "share"))
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
@@ -338,7 +342,7 @@ def run_all(runs, options):
 def parser():
     p = argparse.ArgumentParser(description="Runs the experiments behind the README's tables; finished runs are skipped.")
     p.add_argument("experiment", nargs="?",
-                   choices=("quick", "power", "tune", "tune2", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
+                   choices=("quick", "power", "tune", "tune2", "tune3", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
     p.add_argument("--quick", dest="experiment", action="store_const", const="quick", help="the same as quick")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"only these rows: {', '.join(ROWS)}")
     p.add_argument("--seeds", type=int, default=10**6, metavar="N", help="only the first N seeds of each row")

@@ -9,6 +9,7 @@ over windows (MGU, DGU, coverage, NLL by group, attribution) has a t interval ov
 (`seed_interval`): it knows the chance of training, not that of the users.
 """
 import argparse
+import itertools
 import json
 import re
 from pathlib import Path
@@ -217,14 +218,15 @@ def table(results, rows, warm=False):
 
 
 def tuning_table(lines, best=8):
-    """The best trials on validation, of as many for SFT as for GDRT."""
+    """The best trials on validation, by arena and loss."""
     text, names = [], ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
-    for loss in ("sft", "gdrt"):
-        trials = [line for line in lines if line["arguments"].get("no_test") and line["arguments"]["loss"] == loss]
+    for place, loss in itertools.product(("grid", "loo"), ("sft", "gdrt")):
+        wanted = PLACES[place] | {"loss": loss, "no_test": True}
+        trials = [line for line in lines if wanted.items() <= line["arguments"].items()]
         trials.sort(key=lambda line: -line["valid"]["NDCG@10"])
         body = [[line["arguments"].get(name, "") for name in names]
                 + [f"{line['valid'][name]:.4f}" for name in ("NDCG@10", "legal NLL", "MGU@5")] for line in trials[:best]]
-        text += body and [f"{loss}: {len(body)} of {len(trials)} trials\n",
+        text += body and [f"{place}, {loss}: {len(body)} of {len(trials)} trials\n",
                           markdown([*names, "NDCG@10", "title NLL", "MGU@5"], body) + "\n"]
     return "\n".join(text)
 

@@ -140,10 +140,11 @@ def test_tables_of_a_real_run(done, capsys):
 
 
 def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
-    runs = quality.experiments("tune") + quality.experiments("tune2")
-    assert all(run["arguments"]["no_test"] for run in runs)
-    count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
-    assert count["sft"] == count["gdrt"] == len(runs) / 2
+    for names in (("tune", "tune2"), ("tune3",)):
+        runs = [run for name in names for run in quality.experiments(name)]
+        assert all(run["arguments"]["no_test"] for run in runs)
+        count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
+        assert count["sft"] == count["gdrt"] == len(runs) / 2
 
 
 def test_a_part_of_an_experiment(capsys, tmp_path):
