@@ -346,7 +346,7 @@ TASTES = {"Sci-Fi": "Voyage", "Western": "Trail", "Romance": "Letters", "Horror"
           "Crime": "Heist", "War": "Bridge", "Musical": "Song", "Popular": "Parade"}
 
 
-def toy_table(seed, users=300):
+def toy_table(seed, users=200):
     """Invented films and users who choose for known reasons -> (Table, planted).
 
     'Zorvana Voyage (1987)': the first word names the film, so all that follows it follows from the prefix. A user has two
@@ -803,7 +803,7 @@ def language_windows(dataset, length=20):
             shelves.setdefault(genre, []).append(item)
     names, sizes = list(shelves), np.array([len(shelf) for shelf in shelves.values()])
     windows = []
-    for i in range(min(LISTS, 3 * len(dataset.titles))):
+    for i in range(min(LISTS, 2 * len(dataset.titles))):
         shelf = shelves[names[random.choice(len(names), p=sizes / sizes.sum())]]
         items = tuple(random.choice(shelf, min(length, len(shelf)), replace=False).tolist())
         windows += [Window(i, items, 0, stop) for stop in range(len(items))]

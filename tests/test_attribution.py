@@ -290,7 +290,10 @@ def test_area_under_curve():
 
 
 def test_default_relevance_finds_the_planted_bias(toy):
-    """Tokens that follow from prefix or frequency alone stand above those that only the user's tastes explain."""
+    """Tokens that follow from prefix or frequency alone stand above those that only the user's tastes explain.
+
+    The easy part decides: tokens with one continuation. Of the 136 first words alone, with 16 biased ones, README has the AUC.
+    """
     dataset, model, tokenizer, prompts = toy
     r = relevance(model, prompts, dataset.train)
     values, bias = [], []

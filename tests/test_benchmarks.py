@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import quality
+import relevance
 import tables
 from data import load_dataset, make_prompts, tiny_tokenizer
 
@@ -145,6 +146,11 @@ def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
         assert all(run["arguments"]["no_test"] for run in runs)
         count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
         assert count["sft"] == count["gdrt"] == len(runs) / 2
+
+
+def test_relevance_against_the_planted_bias():
+    assert relevance.area_under_curve(np.array([4.0, 1.0, 3.0, 2.0]), np.array([True, False, True, False])) == 1
+    assert relevance.area_under_curve(np.array([1.0, 2.0, 2.0, 3.0]), np.array([True, False, True, False])) == pytest.approx(1 / 8)
 
 
 def test_a_part_of_an_experiment(capsys, tmp_path):

@@ -19,7 +19,7 @@ import evaluate
 from data import Dataset, InputError, Window, load_dataset
 
 EXAMPLE = Path(__file__).with_name("example_predictions.jsonl")
-SCORE = {"HR@10": 0.2, "NDCG@10": 0.1062}  # what README says of the example
+SCORE = {"HR@10": 0.19, "NDCG@10": 0.0947}  # what README says of the example
 
 
 def markov_lists(dataset):
