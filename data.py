@@ -803,7 +803,7 @@ def language_windows(dataset, length=20):
             shelves.setdefault(genre, []).append(item)
     names, sizes = list(shelves), np.array([len(shelf) for shelf in shelves.values()])
     windows = []
-    for i in range(min(LISTS, 2 * len(dataset.titles))):
+    for i in range(min(LISTS, 3 * len(dataset.titles))):
         shelf = shelves[names[random.choice(len(names), p=sizes / sizes.sum())]]
         items = tuple(random.choice(shelf, min(length, len(shelf)), replace=False).tolist())
         windows += [Window(i, items, 0, stop) for stop in range(len(items))]
