@@ -158,6 +158,15 @@ def sample_windows(windows, per_title, seed):
     return [windows[i] for i in sorted(chosen)]
 
 
+def mean_by_place(values, item, step, prompts):
+    """Means of values (N,) of target tokens by title and place in it -> (items, L), NaN where there is none."""
+    shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
+    total, count = np.zeros(shape), np.zeros(shape)
+    np.add.at(total, (item, step), values)
+    np.add.at(count, (item, step), 1)
+    return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
+
+
 def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, device="cpu"):
     """Relevance of target tokens to their auxiliary tokens -> (items, L) in [0, 1], NaN where no window has the target.
 
@@ -180,11 +189,7 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
         aux, user, item, step, _ = attributions(model, trees, method, (prompts.trie,), steps, device, note=f"relevance ({method})")
         r = ratio(aux, user)
-    shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
-    total, count = np.zeros(shape), np.zeros(shape)
-    np.add.at(total, (item, step), r)
-    np.add.at(count, (item, step), 1)
-    return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
+    return mean_by_place(r, item, step, prompts)
 
 
 def cut_groups(r, windows, n_groups):

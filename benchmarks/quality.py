@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import gdrt
 import tables
-from attribution import WINDOWS_PER_TITLE, cut_groups, relevance, sample_windows
+from attribution import WINDOWS_PER_TITLE, cut_groups, mean_by_place, relevance, sample_windows
 from data import InputError, build_trees, fit_prompts, load_dataset, make_prompts, positions, say, write_atomic
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
 
@@ -173,10 +173,7 @@ def measured(begun, name, seed):
             begun.model.load_state_dict(begun.before)
             trees = build_trees(prompts, sample_windows(begun.windows, WINDOWS_PER_TITLE, seed))
             full, _, item, step, _ = token_nlls(begun.model, prompts, trees, device)
-            total, times = np.zeros(shape), np.zeros(shape)
-            np.add.at(total, (item, step), full)
-            np.add.at(times, (item, step), 1)
-            r = -total / np.maximum(times, 1)
+            r = -mean_by_place(full, item, step, prompts)
         else:
             r = {"random": lambda: np.random.default_rng(seed).random(shape), "planted": lambda: planted(begun.dataset, prompts),
                  "position": lambda: np.tile(np.arange(shape[1], dtype=float), (shape[0], 1))}[name]()

@@ -3,8 +3,8 @@
     python benchmarks/relevance.py runs/ml-100k-tiny-seed0/gdrt          into results/relevance.json
     python benchmarks/relevance.py runs/toy-tiny-seed0/gdrt --out FILE   and how well they find the bias that was planted
 
-Why the warm-up: on a model that has never seen users, gradient and ablation agree on little, and no group is worse served
-than another for lack of the user.
+Why the warm-up: to a model that has never seen users, the two groups least relevant to auxiliary tokens are about equally
+unknown: neither is worse served for lack of the user.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
-from attribution import STEPS, WINDOWS_PER_TITLE, attributions, cut_groups, format_table, ratio, relevance, sample_windows
+from attribution import STEPS, WINDOWS_PER_TITLE, attributions, cut_groups, format_table, mean_by_place, ratio, relevance, sample_windows
 from data import build_trees, load_run, run_command, write_atomic
 from evaluate import by_group, token_nlls
 from gdrt import Job, environment, start_model
@@ -48,10 +48,7 @@ def found_bias(model, prompts, dataset, found, choice, steps, seed):
     """{what r is: [AUC with which it tells toy's biased tokens from those a user's taste decides, of all and of those with a choice]}."""
     trees = build_trees(prompts, sample_windows(dataset.train, WINDOWS_PER_TITLE, seed))
     aux, user, item, step, _ = attributions(model, trees, steps=steps)
-    total, times = np.zeros(choice.shape), np.zeros(choice.shape)
-    np.add.at(total, (item, step), ratio(aux, user))
-    np.add.at(times, (item, step), 1)
-    found = found | {"gradient, full vocabulary": np.where(times > 0, total / np.maximum(times, 1), np.nan)}
+    found = found | {"gradient, full vocabulary": mean_by_place(ratio(aux, user), item, step, prompts)}
     biased = planted(dataset, prompts) > 0
     return {name: [area_under_curve(r[of], biased[of]) for of in (~np.isnan(r), ~np.isnan(r) & choice)] for name, r in found.items()}
 
