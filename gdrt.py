@@ -498,7 +498,7 @@ def open_run(folder, args, dataset):
 def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, folder):
     """Rank, measure and audit a model -> dict for metrics.json.
 
-    Writes folder/predictions.jsonl, one line a test window, and folder/heatmap.json, one prompt token by token.
+    Writes folder/predictions.jsonl, one line a test window, and for the last loss folder/heatmap.json, one prompt token by token.
     """
     start = time.perf_counter()
     group, n_groups = (np.array(groups["group"]), args.groups) if groups else (None, 0)
@@ -508,8 +508,9 @@ def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, fo
         result["test"], each, ranking = evaluate_model(model, prompts, dataset, dataset.test, group, n_groups, **options)
         result["audit"] = audit(model, prompts, dataset.test, group, n_groups, each["NDCG@10"], seed=args.seed, **options)
         write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, each)
-        record = token_attribution(model, tokenizer, prompts, dataset.test[0], device=job.device)
-        write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
+        if folder.name == args.loss[-1]:  # the report shows one heat map
+            record = token_attribution(model, tokenizer, prompts, dataset.test[0], device=job.device)
+            write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
     return result | {"seconds": time.perf_counter() - start}
 
 

@@ -22,7 +22,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marked tests run only when -m asks for them."""
+    """Marked tests run only when -m asks for them. A file's tests share a process, and so do the files that use `toy`: it is made once."""
+    toys = {item.path for item in items if "toy" in item.fixturenames}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("toy" if item.path in toys else item.path.stem))
     if config.option.markexpr:
         return
     for item in items:
@@ -125,7 +128,7 @@ def small_model(kind="llama", vocabulary=40, tied=False, seed=0, scale=0.3, plac
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=places, attn_pdrop=dropout, **common)).eval()
     if kind == "mamba":
-        return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=2, **common)).eval()
+        return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, **common)).eval()
     return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                         num_key_value_heads=2, max_position_embeddings=places, attention_dropout=dropout, **common)).eval()
 

@@ -308,7 +308,7 @@ PIECES = [b"\t", b"|", b"::", b"\n", b"\r", b",", b'"', b"[1, 2]", b"{", b"}", b
 @pytest.mark.parametrize("parse, name", [(parse_ratings, "u.data"), (parse_items, "u.item"), (parse_ratings, "ratings.dat"),
                                          (parse_items, "movies.dat"), (parse_ratings, "x.inter"), (parse_items, "x.item"),
                                          (parse_windows, "train.csv"), (parse_names, "id2name4Rec.json")])
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_parsers_refuse_or_read_anything(parse, name, draw):
     noise = draw.draw(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))

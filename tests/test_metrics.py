@@ -421,7 +421,7 @@ LINES = st.fixed_dictionaries({}, optional={
     "scores": st.lists(st.integers() | st.floats(), min_size=4, max_size=4) | JSON_VALUES})
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(LINES.map(json.dumps) | JSON_VALUES.map(json.dumps) | st.text(max_size=20), max_size=4), st.booleans())
 def test_predictions_refused_or_read_whatever_they_hold(tmp_path, lines, allow):
     dataset = small()

@@ -34,7 +34,7 @@ def test_files_that_are_named_exist():
 def test_every_command_is_known_to_a_test():
     """The toy ones run below, those that need the network in the marked tests, the install and the tests themselves in .ci/run."""
     offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
-    rest = {"pip install -r requirements.txt", "python gdrt.py --dataset ml-100k", "python -m pytest -q -n auto --dist loadfile"}
+    rest = {"pip install -r requirements.txt", "python gdrt.py --dataset ml-100k", "python -m pytest -q -n auto --dist loadgroup"}
     assert set(COMMANDS) - set(offline) <= rest | {line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))}
 
 

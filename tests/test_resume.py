@@ -118,13 +118,12 @@ def kill_at_random(whole, tmp_path, seed):
     assert_same(tmp_path / f"run{attempt}", folder)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_run_killed_at_a_random_moment_ends_alike(whole, tmp_path, seed):
-    kill_at_random(whole, tmp_path, seed)
+def test_a_run_killed_at_a_random_moment_ends_alike(whole, tmp_path):
+    kill_at_random(whole, tmp_path, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 12))
+@pytest.mark.parametrize("seed", range(1, 12))
 def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
     kill_at_random(whole, tmp_path, seed)
 
