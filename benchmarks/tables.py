@@ -220,8 +220,9 @@ def table(results, rows, warm=False):
 def tuning_table(lines, best=8):
     """The best trials on validation, by arena and loss."""
     text, names = [], ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
-    for place, loss in itertools.product(("grid", "loo"), ("sft", "gdrt")):
-        wanted = PLACES[place] | {"loss": loss, "no_test": True}
+    losses = {"sft": {"loss": "sft", "train_softmax": "full"}, "gdrt": {"loss": "gdrt"}, "msl": {"loss": "sft", "train_softmax": "trie"}}
+    for place, loss in itertools.product(("grid", "loo"), losses):
+        wanted = PLACES[place] | losses[loss] | {"no_test": True}
         trials = [line for line in lines if wanted.items() <= line["arguments"].items()]
         trials.sort(key=lambda line: -line["valid"]["NDCG@10"])
         body = [[line["arguments"].get(name, "") for name in names]
