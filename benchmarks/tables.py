@@ -161,11 +161,6 @@ def group_zero(line):
     return group_nll(line)[0]
 
 
-def reading(line):
-    """By which groups a line's held-out NLL was read: their digest or, in lines older than it, the threads that rounding follows."""
-    return line.get("held groups") or line.get("machine", {}).get("threads")
-
-
 def unfairness(line):
     return line["test"]["MGU@5"]
 
@@ -177,7 +172,7 @@ def by_seed(row, sft, get):
 
 def group_zero_to_sft(row, sft):
     """by_seed of group 0's NLL, of the seeds whose two runs were read by the same groups."""
-    alike = {seed: line for seed, line in row.items() if seed in sft and reading(line) == reading(sft[seed])}
+    alike = {seed: line for seed, line in row.items() if seed in sft and line.get("held groups") == sft[seed].get("held groups")}
     return by_seed(alike, sft, group_zero)
 
 
