@@ -60,7 +60,7 @@ ROWS = {  # row of a table -> what makes it
     "group-dro": {"loss": "group-dro"},
     "random groups": {"loss": "gdrt", "relevance": "random"}, "position groups": {"loss": "gdrt", "relevance": "position"},
     "untuned NLL groups": {"loss": "gdrt", "relevance": "nll"}, "fixed weights": {"loss": "fixed"}, "focal": {"loss": "focal"},
-    "msl": {"loss": "sft", "train_softmax": "trie"}, "gdrt + msl": {"loss": "gdrt", "train_softmax": "trie"},
+    "msl": {"loss": "sft", "train_softmax": "trie", "lr": 1e-3}, "gdrt + msl": {"loss": "gdrt", "train_softmax": "trie", "lr": 1e-3},  # by tune4
     "planted groups": {"loss": "gdrt", "relevance": "planted", "groups": 2}}  # toy: the groups that relevance should find
 
 START = ("dataset", "split", "windows", "history", "model", "batch", "epochs", "lr", "warmup", "train_softmax", "seed")
