@@ -281,6 +281,28 @@ def statements(results, lines):
     return body and markdown(["statement", "arena", "our figure [95%]", "verdict"], body) + "\n\n" + RULE
 
 
+def grouping_table(results, lines):
+    """Do two seeds put a token into the same group? Of the tokens outside the last group, which is a tie of those without a choice."""
+    body = []
+    for place in ("grid", "loo"):
+        assigned, pairs = [], []
+        for line in pick(lines, **PLACES[place]).get("sft", {}).values():
+            path = Path(results) / "windows" / f"groups-{line['key']}.npz"
+            if path.exists():
+                with np.load(path, allow_pickle=False) as kept:
+                    assigned.append(kept["group"])
+        for a, b in itertools.combinations(assigned, 2):
+            last = a.max()
+            both = (np.minimum(a, b) >= 0) & (np.maximum(a, b) < last)  # -1: not a target of this seed's training
+            a, b = a[both], b[both]
+            chance = sum((a == g).mean() * (b == g).mean() for g in range(last))
+            pairs.append((both.sum(), (a == b).mean(), chance, np.corrcoef(a, b)[0, 1]))
+        if pairs:
+            tokens, *shares = np.mean(pairs, axis=0)
+            body.append([place, len(assigned), f"{tokens:.0f}", *(f"{share:.2f}" for share in shares)])
+    return markdown(["arena", "seeds", "tokens with a choice", "in the same group", "by chance", "correlation of the groups"], body)
+
+
 DOSES = {"tau": "temperature tau", "groups": "groups K", "windows": "training windows"}
 CURVES = {"NDCG@10 to SFT, %": "{:+.1f}", "title NLL to SFT, nats": "{:+.3f}", "group 0 NLL to SFT, nats": "{:+.3f}",
           "MGU@5 to SFT": "{:+.4f}"}
@@ -312,7 +334,7 @@ def dose_table(results, lines):
                      for name in DOSES for value, triples in dose_curve(results, lines, name)])
 
 
-SECTIONS = "grid", "loo", "transfer", "toy", "smollm2", "dose", "power", "tune", "statements"
+SECTIONS = "grid", "loo", "transfer", "toy", "smollm2", "dose", "groups", "power", "tune", "statements"
 
 
 def sections(results, names=SECTIONS):
@@ -327,7 +349,8 @@ def sections(results, names=SECTIONS):
 
     def place(name):
         return table(results, {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row})  # doses apart
-    makers = {"transfer": transfer, "dose": lambda: dose_table(results, tested), "power": lambda: power_table(results, lines),
+    makers = {"transfer": transfer, "dose": lambda: dose_table(results, tested), "groups": lambda: grouping_table(results, tested),
+              "power": lambda: power_table(results, lines),
               "tune": lambda: tuning_table(lines), "statements": lambda: statements(results, tested)}
     text = {name: makers[name]() if name in makers else place(name) for name in names}
     return {name: body for name, body in text.items() if body}

@@ -280,6 +280,15 @@ def made_up(tmp_path):
     return tmp_path
 
 
+def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
+    groups = [[[0, 1, 2, 3], [-1, 2, 0, 3]], [[0, 1, 1, 3], [0, 0, 0, 3]], [[0, 1, 2, 3], [-1, 2, 0, 3]]]
+    for line, group in zip(tables.pick(tables.read_lines(made_up), **tables.GRID)["sft"].values(), groups):
+        np.savez(made_up / "windows" / f"groups-{line['key']}.npz", group=np.array(group))
+    cells = tables.sections(made_up, ("groups",))["groups"].splitlines()[2].split(" | ")
+    assert cells[1:4] == ["3", "5", f"{(3 / 5 + 3 / 5 + 1) / 3:.2f}"]
+    assert cells[4] == f"{(2 * (2 * 3 + 1 * 2 + 2 * 0) / 25 + (4 + 1 + 4) / 25) / 3:.2f}"
+
+
 def test_statements_find_what_was_put_in(made_up):
     rows = [line for line in tables.sections(made_up, ("statements",))["statements"].splitlines() if "| grid |" in line]
     assert [line.split("|")[-2].strip() for line in rows] == ["weaker"] + ["Confirmed"] * 6  # 20% where 24.29% is stated

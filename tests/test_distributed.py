@@ -202,7 +202,8 @@ def test_torchrun_trains_what_one_process_trains(one):
 
 
 def patient():
-    gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
+    job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
+    gdrt.barrier(job)  # rank 0 holds the store: gone too soon, it would take rank 1's start with it
     options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
     assert options._timeout.total_seconds() > 86400, "ranks that wait for an evaluation of hours give up"
 
