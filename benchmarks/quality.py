@@ -126,8 +126,7 @@ def experiments(name, folders=()):
         loo, lrs = SETTINGS["loo"], (2e-3, 4e-3)
         return trials("sft", loo, lr=lrs, batch=(64, 128)) + trials("gdrt", loo, lr=lrs, prior=("uniform", "share"))
     if name == "tune4":  # a rate above those of tune, whose best was its highest; and MSL, which has trained at SFT's
-        edge = 8e-3,
-        return trials("sft", grid, lr=edge) + trials("gdrt", grid, lr=edge) + trials("msl", grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, *edge))
+        return trials("sft", grid, lr=[8e-3]) + trials("gdrt", grid, lr=[8e-3]) + trials("msl", grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3))
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
