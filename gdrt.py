@@ -766,7 +766,7 @@ def settle_libraries(cache):
     oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")  # an update needs about 20; more make it no faster
+        os.environ.setdefault(name, "16")  # more make an update no faster, 64 make it 170 MB larger
     os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
 
 
