@@ -2,11 +2,16 @@
 
     python benchmarks/relevance.py runs/ml-100k-tiny-seed0/gdrt          into results/relevance.json
     python benchmarks/relevance.py runs/toy-tiny-seed0/gdrt --out FILE   and how well they find the bias that was planted
+    python benchmarks/relevance.py RUN --others OTHER ...                and whether other seeds' warm-ups agree with it
 
 Why the warm-up: to a model that has never seen users, the two groups least relevant to auxiliary tokens are about equally
 unknown: neither is worse served for lack of the user.
+
+How steady: relevance is measured again on another sample of training windows, and on the warm-ups of other runs. What
+the two have in common is told of the tokens with a choice; a token with one continuation is group 3 to all.
 """
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -19,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
 from attribution import STEPS, WINDOWS_PER_TITLE, attributions, cut_groups, format_table, mean_by_place, ratio, relevance, sample_windows
-from data import build_trees, load_run, run_command, write_atomic
+from data import InputError, build_trees, load_run, read_json, run_command, write_atomic
 from evaluate import by_group, token_nlls
 from gdrt import Job, environment, start_model
 from quality import planted
@@ -53,44 +58,63 @@ def found_bias(model, prompts, dataset, found, choice, steps, seed):
     return {name: [area_under_curve(r[of], biased[of]) for of in (~np.isnan(r), ~np.isnan(r) & choice)] for name, r in found.items()}
 
 
-def measure(model, prompts, dataset, steps, seed):
-    """{"correlation": {pair: rho}, "group NLL": {method: [nats a token of the test windows]}, "seconds": {method: s}, toy: "AUC"}."""
+def with_choice(dataset, prompts):
+    """(items, L) bool: training's target tokens that have more than one continuation."""
+    targets = np.isin(np.arange(len(dataset.titles)), [w.items[w.stop] for w in dataset.train])
+    path = prompts.trie.path
+    return targets[:, None] & (path[:, 1:] >= 0) & (np.diff(prompts.trie.first)[path[:, :-1]] > 1)
+
+
+def frequency(dataset, of):
+    """Training windows that have each token of the mask `of` (items, L) -> (n,)."""
     times = np.bincount([w.items[w.stop] for w in dataset.train], minlength=len(dataset.titles))
-    nll, legal, item, step, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
-    found, groups, seconds = {}, {}, {}
+    return np.broadcast_to(times[:, None], of.shape)[of].astype(float)
+
+
+def measure_relevance(model, prompts, dataset, steps, seed):
+    """({method: r (items, L)}, {method: seconds})."""
+    found, seconds = {}, {}
     for method in METHODS:
         start = time.perf_counter()
-        r = found[method] = relevance(model, prompts, dataset.train, method, steps, seed)
+        found[method] = relevance(model, prompts, dataset.train, method, steps, seed)
         seconds[method] = round(time.perf_counter() - start, 1)
-        group = cut_groups(r, dataset.train, 4)[0]
-        groups[method] = by_group(nll, group[item, step], 4)
-    known = ~np.isnan(found["gradient"])
-    weight = np.broadcast_to(times[:, None], known.shape)[known].astype(float)
-    choice = known & (np.diff(prompts.trie.first)[prompts.trie.path[:, :-1]] > 1)  # more than one continuation
-    chosen = np.broadcast_to(times[:, None], known.shape)[choice].astype(float)
-    pairs = [(a, b) for i, a in enumerate(METHODS) for b in METHODS[i + 1:]]
+    return found, seconds
+
+
+def describe(model, prompts, dataset, found, seconds, steps, seed):
+    """{"correlation": {pair: rho}, "group NLL": {method: [nats a token of the test windows]}, "seconds": {method: s}, toy: "AUC"}."""
+    nll, _, item, step, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
+    groups = {method: by_group(nll, cut_groups(r, dataset.train, 4)[0][item, step], 4) for method, r in found.items()}
+    known, choice = ~np.isnan(found["gradient"]), with_choice(dataset, prompts)
+    pairs = list(itertools.combinations(METHODS, 2))
+
+    def correlations(of):
+        return {f"{a}, {b}": rank_correlation(found[a][of], found[b][of], frequency(dataset, of)) for a, b in pairs}
     bias = {"AUC": found_bias(model, prompts, dataset, found, choice, steps, seed)} if dataset.planted else {}
-    return bias | {"correlation": {f"{a}, {b}": rank_correlation(found[a][known], found[b][known], weight) for a, b in pairs},
-                   "correlation where tokens have a choice": {f"{a}, {b}": rank_correlation(found[a][choice], found[b][choice], chosen) for a, b in pairs},
+    return bias | {"correlation": correlations(known), "correlation where tokens have a choice": correlations(choice),
                    "group NLL": groups, "seconds": seconds}
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("run", help="a loss's folder in a run of gdrt.py, with the run's warmup/ beside it")
-    p.add_argument("--steps", type=int, default=STEPS, metavar="M", help="points of the gradient's path (default: %(default)s)")
-    p.add_argument("--out", default=str(ROOT / "results" / "relevance.json"), metavar="FILE")
-    p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
-    p.add_argument("--data-dir", metavar="PATH", help="as for gdrt.py")
-    args = p.parse_args(argv)
-    config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
-    flags = argparse.Namespace(**config["arguments"], cache=args.cache)
-    model, _ = start_model(flags, dataset, Job(precision=config["arguments"]["precision"].replace("auto", "bf16")))
-    result = {"run": config, "steps": args.steps, **environment(), "before": measure(model, prompts, dataset, args.steps, flags.seed)}
-    state = torch.load(Path(args.run).parent / "warmup" / "checkpoint.pt", weights_only=True)
-    model.load_state_dict(state["model"])
-    result["after warm-up"] = measure(model, prompts, dataset, args.steps, flags.seed)
-    write_atomic(args.out, json.dumps(result, indent=1))
+def agreement(a, b, prompts, dataset):
+    """{method: [rank correlation, share of tokens in the same of 4 groups, that share by chance]}, of the tokens with a choice."""
+    choice, result = with_choice(dataset, prompts), {}
+    weight = frequency(dataset, choice)
+    for method in METHODS:
+        one, other = (cut_groups(r[method], dataset.train, 4)[0][choice] for r in (a, b))
+        chance = sum(np.average(one == g, weights=weight) * np.average(other == g, weights=weight) for g in range(4))
+        result[method] = [rank_correlation(a[method][choice], b[method][choice], weight), float(np.average(one == other, weights=weight)), float(chance)]
+    return result
+
+
+def load_warmup(model, run):
+    """Bring the model to where the warm-up of `run`, a loss's folder, ended."""
+    path = Path(run).parent / "warmup" / "checkpoint.pt"
+    if not path.exists():
+        raise InputError(f"{run}: no {path.name} of a warm-up beside it; give a loss's folder of a finished run of gdrt.py")
+    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+
+
+def show(result):
     for when in ("before", "after warm-up"):
         print(f"{when}\n" + format_table(("rank correlation", "all tokens", "tokens with a choice"), [
             (pair, f"{x:.2f}", f"{result[when]['correlation where tokens have a choice'][pair]:.2f}")
@@ -100,6 +124,40 @@ def main(argv=None):
         if "AUC" in result[when]:
             print(format_table(("AUC of the planted bias", "all tokens", "tokens with a choice"), [
                 (name, *(f"{x:.2f}" for x in auc)) for name, auc in result[when]["AUC"].items()]) + "\n")
+    print(format_table(("agreement after the warm-up with", "relevance", "rank correlation", "same group", "by chance"), [
+        (name, method, *(f"{x:.2f}" for x in row)) for name, methods in result["agreement"].items() for method, row in methods.items()]))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("run", help="a loss's folder in a run of gdrt.py, with the run's warmup/ beside it")
+    p.add_argument("--others", nargs="+", default=[], metavar="RUN", help="the same of runs with other seeds, for how well their warm-ups agree")
+    p.add_argument("--steps", type=int, default=STEPS, metavar="M", help="points of the gradient's path (default: %(default)s)")
+    p.add_argument("--out", default=str(ROOT / "results" / "relevance.json"), metavar="FILE")
+    p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
+    p.add_argument("--data-dir", metavar="PATH", help="as for gdrt.py")
+    args = p.parse_args(argv)
+    config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
+    flags = argparse.Namespace(**config["arguments"], cache=args.cache)
+    for other in args.others:
+        there = read_json(Path(other).parent / "config.json")
+        if (there["data"], there["arguments"]["model"]) != (config["data"], flags.model):
+            raise InputError(f"{other}: other data or another model than {args.run}; give runs that differ in their seed")
+    model, _ = start_model(flags, dataset, Job(precision=flags.precision.replace("auto", "bf16")))
+    found, seconds = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
+    result = {"run": config, "steps": args.steps, **environment(),
+              "before": describe(model, prompts, dataset, found, seconds, args.steps, flags.seed)}
+    load_warmup(model, args.run)
+    found, seconds = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
+    result["after warm-up"] = describe(model, prompts, dataset, found, seconds, args.steps, flags.seed)
+    again, _ = measure_relevance(model, prompts, dataset, args.steps, flags.seed + 1)
+    result["agreement"] = {"another sample of windows": agreement(found, again, prompts, dataset)}
+    for other in args.others:
+        load_warmup(model, other)
+        again, _ = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
+        result["agreement"][f"the warm-up of {Path(other).parent.name}"] = agreement(found, again, prompts, dataset)
+    write_atomic(args.out, json.dumps(result, indent=1))
+    show(result)
 
 
 if __name__ == "__main__":
