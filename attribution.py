@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from data import (TEMPLATE, TITLE, USER, InputError, Window, attention, build_tree, build_trees, by_length, by_trunk, collate, legal_tokens,
-                  load_run, log_softmax_over, logits_at, run_command, target_logits, write_atomic)
+                  load_run, log_softmax_over, logits_at, run_command, settle_libraries, target_logits, write_atomic)
 
 AUXILIARY = (TEMPLATE, TITLE)
 STEPS = 4  # points on the path; rank correlation of r with its limit, the ablation, where tokens have a choice: 0.74 at 2, 0.91 at 4
@@ -434,6 +434,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    settle_libraries(args.cache)
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: one point or more is needed")
     _, dataset, model, tokenizer, prompts = load_run(args.run, args.cache, args.data_dir)

@@ -958,6 +958,16 @@ def load_run(folder, cache=None, data_dir=None):
     return config, dataset, model.eval(), tokenizer, fit_prompts(model, prompts, dataset.train)
 
 
+def settle_libraries(cache):
+    """Before their first use: few of oneDNN's kernels are kept, and what libraries cache goes where ours does.
+
+    oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")  # more make an update no faster, 64 make it 170 MB larger
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
+
+
 def run_command(main):
     """Run a command's main(): an InputError or OSError becomes one sentence on stderr and exit code 2."""
     try:

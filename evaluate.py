@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from attribution import (attributions, format_table, html_details, html_heatmap, html_links, html_lists, html_page, html_section,
                          html_table, html_text)
 from data import (InputError, Window, build_trees, by_length, collate, flat_ranges, legal_tokens, load_dataset, load_run,
-                  log_softmax_over, logits_at, read_json, run_command, squeeze, target_logits, write_atomic)
+                  log_softmax_over, logits_at, read_json, run_command, settle_libraries, squeeze, target_logits, write_atomic)
 
 
 # ------------------------------------------------------------------------------------------------ exact search
@@ -902,6 +902,7 @@ def losses_of(folder):
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    settle_libraries(args.cache)
     if not args.runs and not (args.predictions and args.dataset):
         raise InputError("name one RUN or more, or give --predictions FILE with --dataset")
     folders = [loss for folder in args.runs for loss in losses_of(folder)]

@@ -169,8 +169,9 @@ import transformers
 from tqdm.auto import tqdm
 
 from attribution import cut_groups, format_table, name_items, relevance, token_attribution
-from data import (TINY, InputError, attention, build_trees, by_trunk, cache_folder, collate, fit_prompts, intact, language_windows, legal_tokens, load_dataset, load_model,
-                  log_softmax_over, make_prompts, positions, read_json, save_model, say, squeeze, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
+from data import (TINY, InputError, attention, build_trees, by_trunk, cache_folder, collate, fit_prompts, intact, language_windows,
+                  legal_tokens, load_dataset, load_model, log_softmax_over, make_prompts, positions, read_json, save_model, say,
+                  settle_libraries, squeeze, target_logits, task_text, tiny_model, tiny_tokenizer, write_atomic)
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, result_table, write_predictions, write_report
 
 
@@ -758,16 +759,6 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print(f"\ninterrupted; go on with: {start} gdrt.py {shlex.join([*words, '--resume'])}", file=sys.stderr)
         sys.exit(130)
-
-
-def settle_libraries(cache):
-    """Before their first use: few of oneDNN's kernels are kept, and what libraries cache goes where ours does.
-
-    oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.
-    """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "16")  # more make an update no faster, 64 make it 170 MB larger
-    os.environ.setdefault("MPLCONFIGDIR", str(cache_folder(cache) / "matplotlib"))
 
 
 def complain(error):

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import gdrt
 import tables
 from attribution import WINDOWS_PER_TITLE, cut_groups, mean_by_place, relevance, sample_windows
-from data import InputError, build_trees, fit_prompts, load_dataset, make_prompts, positions, say, write_atomic
+from data import InputError, build_trees, fit_prompts, load_dataset, make_prompts, positions, say, settle_libraries, write_atomic
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
 
 CONFIG = {  # chosen by tune and tune2, by NDCG@10 on validation windows of ml-100k alone, before a test window was read
@@ -363,6 +363,7 @@ def main(argv=None):
         p.error("name an experiment, or --quick")
     options.results = options.results or ROOT / ("runs/quick" if options.experiment == "quick" else "results")
     options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
+    settle_libraries(options.cache)
     try:
         runs = [run for run in experiments(options.experiment, options.paths)
                 if run["arguments"]["seed"] < options.seeds and run["name"] in options.rows]

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
 from attribution import STEPS, WINDOWS_PER_TITLE, attributions, cut_groups, format_table, mean_by_place, ratio, relevance, sample_windows
-from data import InputError, build_trees, load_run, read_json, run_command, write_atomic
+from data import InputError, build_trees, load_run, read_json, run_command, settle_libraries, write_atomic
 from evaluate import by_group, token_nlls
 from gdrt import Job, environment, start_model
 from quality import planted
@@ -137,6 +137,7 @@ def main(argv=None):
     p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
     p.add_argument("--data-dir", metavar="PATH", help="as for gdrt.py")
     args = p.parse_args(argv)
+    settle_libraries(args.cache)
     config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
     flags = argparse.Namespace(**config["arguments"], cache=args.cache)
     for other in args.others:
