@@ -209,7 +209,7 @@ def table(results, rows, warm=False):
                       mean(lambda line: line["test"]["coverage@10"], "{:.3f}"), mean(aux_ratio, "{:.2f}") if learned else "",
                       mean(cost, "{:.0f}") if name not in FIRST[:2] else ""]
         body.append(cells)
-    return body and markdown(header, body) + "\n\n" + LEGEND
+    return markdown(header, body)
 
 
 def tuning_table(lines, best=8):
@@ -343,12 +343,13 @@ def sections(results, names=SECTIONS):
     tested = [line for line in lines if not line["arguments"].get("no_test")]
 
     def transfer():
-        return "\n\n".join(f"{name}, {what}\n\n{table(results, pick(lines, dataset=name), warm)}"
-                           for name in list(places_of(lines))[len(PLACES):]
-                           for what, warm in (("all test windows", False), ("test windows whose target occurs in training", True)))
+        text = [f"{name}, {what}\n\n{table(results, pick(lines, dataset=name), warm)}" for name in list(places_of(lines))[len(PLACES):]
+                for what, warm in (("all test windows", False), ("test windows whose target occurs in training", True))]
+        return text and "\n\n".join([*text, LEGEND])
 
     def place(name):
-        return table(results, {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row})  # doses apart
+        rows = {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row}  # doses apart
+        return rows and table(results, rows) + "\n\n" + LEGEND
     makers = {"transfer": transfer, "dose": lambda: dose_table(results, tested), "groups": lambda: grouping_table(results, tested),
               "power": lambda: power_table(results, lines),
               "tune": lambda: tuning_table(lines), "statements": lambda: statements(results, tested)}
