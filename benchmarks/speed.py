@@ -489,10 +489,14 @@ def operators(step, most=10):
 def limit(args):
     """Useful FLOP/s of the training update over the machine's matrix product rate, measured in turns with it."""
     row = {}
-    cases = (("tiny", False, TINY_PLAN, 40, "auto"), ("135m", True, LARGE_PLAN, 8, "auto"), ("135m, fp32", True, LARGE_PLAN, 8, "fp32"))
-    for name, large, per_update, updates, precision in cases:
+    cases = (("tiny", False, TINY_PLAN, 40, "auto", False), ("135m", True, LARGE_PLAN, 8, "auto", False),
+             ("135m, fp32", True, LARGE_PLAN, 8, "fp32", False), ("135m, compiled", True, LARGE_PLAN, 8, "auto", True))
+    for name, large, per_update, updates, precision, compiled in cases:
         dataset, job = dataset_of("ml-100k"), default_job(precision)
         model, _, prompts = start(dataset, large)
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(dynamic=True)
         trees = build_trees(prompts, gdrt.draw_windows(dataset.train, 20 * per_update, 0))
         plan = [[trees[i] for i in update] for update in gdrt.plan(trees, per_update, 10, seed=0)[:max(2, round(updates * args.share))]]
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True)
@@ -506,7 +510,8 @@ def limit(args):
                                    "own product": lambda _: product_rate(job.precision, own)}, plan)
         useful = float(np.median([useful_flops(model, batch) / s for batch, s in zip(plan, seconds["update"])]))
         most = float(np.median(rates["product"]))
-        row[name] = {"ratio": useful / most, "ours": useful / 1e9, "peer": most / 1e9, "unit": "GFLOP/s", "precision": job.precision,
+        row[name] = {"ratio": useful / most, "ours": useful / 1e9, "peer": most / 1e9, "unit": "GFLOP/s", "precision": job.precision + ", compiled" * compiled,
+                     "s of the first update": seconds["update"][0],
                      "product of the model's own shape, GFLOP/s": float(np.median(rates["own product"])) / 1e9, "own shape": own,
                      "s an update": float(np.median(seconds["update"])), "nodes an update": nodes,
                      "operators": operators(lambda: step(plan[0]))}
