@@ -1,15 +1,17 @@
 """Attribution and groups against one backward per target token, explicit forwards, and counting by hand."""
 import copy
 import decimal
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import continuations, prompt_of, random_prompts, random_windows, separate_logits, small_model
+from conftest import ROOT, continuations, prompt_of, random_prompts, random_windows, separate_logits, small_model
 from transformers.models.llama import modeling_llama
 
 import attribution
+import gdrt
 from attribution import (ablations, attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
                          segment_gradient)
 from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
@@ -366,3 +368,23 @@ def test_an_empty_group_is_an_error():
         cut_groups(r, targets([2, 1, 1]), 4)
     with pytest.raises(InputError, match="--groups 2"):
         cut_groups(np.ones((3, 4)), targets([1, 1, 1]), 2)
+
+
+def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, monkeypatch, capsys):
+    """A run agrees with itself wholly; chance is the product of the groups' shares; other data is refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import relevance as study
+    for name, seed in (("one", "0"), ("same", "0"), ("other", "1")):
+        gdrt.main([*small, "--loss", "sft", "--seed", seed, "--no-test", "--out", str(tmp_path), "--name", name])
+    out = tmp_path / "relevance.json"
+    study.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/same/sft", f"{tmp_path}/other/sft", "--steps", "1", "--out", str(out)])
+    found = json.loads(out.read_text())["agreement"]
+    assert list(found) == ["another sample of windows", "the warm-up of same", "the warm-up of other"]
+    for method in study.METHODS:
+        assert found["the warm-up of same"][method][:2] == pytest.approx([1, 1])
+        assert found["the warm-up of other"][method][0] < 1
+    assert "the warm-up of other" in capsys.readouterr().out
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace('"data": "', '"data": "x'))
+    with pytest.raises(InputError, match="other/sft: other data"):
+        study.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/other/sft", "--out", str(out)])

@@ -12,11 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import gdrt
 import quality
 import relevance
 import tables
-from data import InputError, load_dataset, make_prompts, tiny_tokenizer
+from data import load_dataset, make_prompts, tiny_tokenizer
 
 ROWS = ("popularity", "before", "sft", "gdrt", "random groups", "position groups", "untuned NLL groups", "fixed weights", "focal",
         "gdrt + msl", "planted groups")
@@ -152,24 +151,6 @@ def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
 def test_relevance_against_the_planted_bias():
     assert relevance.area_under_curve(np.array([4.0, 1.0, 3.0, 2.0]), np.array([True, False, True, False])) == 1
     assert relevance.area_under_curve(np.array([1.0, 2.0, 2.0, 3.0]), np.array([True, False, True, False])) == pytest.approx(1 / 8)
-
-
-def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, capsys):
-    """A run agrees with itself wholly; chance is the product of the groups' shares; other data is refused."""
-    for name, seed in (("one", "0"), ("same", "0"), ("other", "1")):
-        gdrt.main([*small, "--loss", "sft", "--seed", seed, "--no-test", "--out", str(tmp_path), "--name", name])
-    out = tmp_path / "relevance.json"
-    relevance.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/same/sft", f"{tmp_path}/other/sft", "--steps", "1", "--out", str(out)])
-    found = json.loads(out.read_text())["agreement"]
-    assert list(found) == ["another sample of windows", "the warm-up of same", "the warm-up of other"]
-    for method in relevance.METHODS:
-        assert found["the warm-up of same"][method][:2] == pytest.approx([1, 1])
-        assert found["the warm-up of other"][method][0] < 1
-    assert "the warm-up of other" in capsys.readouterr().out
-    config = tmp_path / "other" / "config.json"
-    config.write_text(config.read_text().replace('"data": "', '"data": "x'))
-    with pytest.raises(InputError, match="other/sft: other data"):
-        relevance.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/other/sft", "--out", str(out)])
 
 
 def test_a_part_of_an_experiment(capsys, tmp_path):
