@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch
 
+import tables
 from attribution import STEPS, WINDOWS_PER_TITLE, attributions, cut_groups, format_table, mean_by_place, ratio, relevance, sample_windows
 from data import InputError, build_trees, load_run, read_json, run_command, settle_libraries, write_atomic
 from evaluate import by_group, token_nlls
@@ -58,11 +59,9 @@ def found_bias(model, prompts, dataset, found, choice, steps, seed):
     return {name: [area_under_curve(r[of], biased[of]) for of in (~np.isnan(r), ~np.isnan(r) & choice)] for name, r in found.items()}
 
 
-def with_choice(dataset, prompts):
-    """(items, L) bool: training's target tokens that have more than one continuation."""
-    targets = np.isin(np.arange(len(dataset.titles)), [w.items[w.stop] for w in dataset.train])
-    path = prompts.trie.path
-    return targets[:, None] & (path[:, 1:] >= 0) & (np.diff(prompts.trie.first)[path[:, :-1]] > 1)
+def with_choice(r, prompts):
+    """(items, L) bool: the target tokens, those with a relevance r (items, L), that have more than one continuation."""
+    return ~np.isnan(r) & (np.diff(prompts.trie.first)[prompts.trie.path[:, :-1]] > 1)
 
 
 def frequency(dataset, of):
@@ -85,7 +84,7 @@ def describe(model, prompts, dataset, found, seconds, steps, seed):
     """{"correlation": {pair: rho}, "group NLL": {method: [nats a token of the test windows]}, "seconds": {method: s}, toy: "AUC"}."""
     nll, _, item, step, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
     groups = {method: by_group(nll, cut_groups(r, dataset.train, 4)[0][item, step], 4) for method, r in found.items()}
-    known, choice = ~np.isnan(found["gradient"]), with_choice(dataset, prompts)
+    known, choice = ~np.isnan(found["gradient"]), with_choice(found["gradient"], prompts)
     pairs = list(itertools.combinations(METHODS, 2))
 
     def correlations(of):
@@ -97,13 +96,17 @@ def describe(model, prompts, dataset, found, seconds, steps, seed):
 
 def agreement(a, b, prompts, dataset):
     """{method: [rank correlation, share of tokens in the same of 4 groups, that share by chance]}, of the tokens with a choice."""
-    choice, result = with_choice(dataset, prompts), {}
+    choice, result = with_choice(a["gradient"], prompts), {}
     weight = frequency(dataset, choice)
     for method in METHODS:
-        one, other = (cut_groups(r[method], dataset.train, 4)[0][choice] for r in (a, b))
-        chance = sum(np.average(one == g, weights=weight) * np.average(other == g, weights=weight) for g in range(4))
-        result[method] = [rank_correlation(a[method][choice], b[method][choice], weight), float(np.average(one == other, weights=weight)), float(chance)]
+        groups = (cut_groups(r[method], dataset.train, 4)[0][choice] for r in (a, b))
+        result[method] = [rank_correlation(a[method][choice], b[method][choice], weight), *tables.same_group(*groups, weight)]
     return result
+
+
+def agreement_table(result):
+    return format_table(("agreement after the warm-up with", "relevance", "rank correlation", "same group", "by chance"), [
+        (name, method, *(f"{x:.2f}" for x in row)) for name, methods in result["agreement"].items() for method, row in methods.items()])
 
 
 def load_warmup(model, run):
@@ -124,8 +127,7 @@ def show(result):
         if "AUC" in result[when]:
             print(format_table(("AUC of the planted bias", "all tokens", "tokens with a choice"), [
                 (name, *(f"{x:.2f}" for x in auc)) for name, auc in result[when]["AUC"].items()]) + "\n")
-    print(format_table(("agreement after the warm-up with", "relevance", "rank correlation", "same group", "by chance"), [
-        (name, method, *(f"{x:.2f}" for x in row)) for name, methods in result["agreement"].items() for method, row in methods.items()]))
+    print(agreement_table(result))
 
 
 def main(argv=None):

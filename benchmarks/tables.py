@@ -281,6 +281,12 @@ def statements(results, lines):
     return body and markdown(["statement", "arena", "our figure [95%]", "verdict"], body) + "\n\n" + RULE
 
 
+def same_group(a, b, weight=None):
+    """(share of tokens with one group in a and b (n,), that share by chance); weight (n,): how often each token counts."""
+    chance = sum(np.average(a == g, weights=weight) * np.average(b == g, weights=weight) for g in np.unique(a))
+    return float(np.average(a == b, weights=weight)), float(chance)
+
+
 def grouping_table(results, lines):
     """Do two seeds put a token into the same group? Of the tokens outside the last group, which is a tie of those without a choice."""
     body = []
@@ -295,8 +301,7 @@ def grouping_table(results, lines):
             last = a.max()
             both = (np.minimum(a, b) >= 0) & (np.maximum(a, b) < last)  # -1: not a target of this seed's training
             a, b = a[both], b[both]
-            chance = sum((a == g).mean() * (b == g).mean() for g in range(last))
-            pairs.append((both.sum(), (a == b).mean(), chance, np.corrcoef(a, b)[0, 1]))
+            pairs.append((both.sum(), *same_group(a, b), np.corrcoef(a, b)[0, 1]))
         if pairs:
             tokens, *shares = np.mean(pairs, axis=0)
             body.append([place, len(assigned), f"{tokens:.0f}", *(f"{share:.2f}" for share in shares)])

@@ -1,4 +1,5 @@
 """README.md against the repository: its commands run, its quotations are the code, its files exist."""
+import json
 import re
 import shlex
 import subprocess
@@ -61,10 +62,12 @@ def test_main_job(tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_results(monkeypatch):
-    """What speed.py --table and tables.py make of results/ stands in the README to the letter."""
+    """What speed.py --table, tables.py and relevance.py make of results/ stands in the README to the letter."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import relevance
     import speed
     import tables
     assert speed.table(speed.read_results(ROOT / "results" / "speed.json")) in README
     made = tables.sections(ROOT / "results", [name for name in tables.SECTIONS if f"<!-- quality: {name} -->" in README])
     assert made and all(body.strip() in README for body in made.values())
+    assert relevance.agreement_table(json.loads((ROOT / "results" / "relevance.json").read_text())) in README
