@@ -56,6 +56,7 @@ SETTINGS = {"grid": {"dataset": "ml-100k", "split": "time", "windows": 10_000}, 
 ROWS = {  # row of a table -> what makes it
     "popularity": {"loss": "popularity"}, "before": {"loss": "before"}, "sft": {"loss": "sft"}, "gdrt": {"loss": "gdrt"},
     "gdrt uniform": {"loss": "gdrt", "prior": "uniform"},  # the default of gdrt.py: first in tune3, second in tune2
+    "gdrt late": {"loss": "gdrt", "relevance": "late"}, "gdrt late uniform": {"loss": "gdrt", "relevance": "late", "prior": "uniform"},
     "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"}, "gdrt probability": {"loss": "gdrt", "relevance": "probability"},
     "group-dro": {"loss": "group-dro"},
     "random groups": {"loss": "gdrt", "relevance": "random"}, "position groups": {"loss": "gdrt", "relevance": "position"},
@@ -112,7 +113,7 @@ def experiments(name, folders=()):
     if name == "smollm2":
         return table_of((*base, "gdrt probability"), SETTINGS["smollm2"], 1)
     if name == "toy":
-        return table_of((*base, "random groups", "planted groups", "msl", "gdrt + msl"), SETTINGS["toy"], 3)
+        return table_of((*base, "gdrt late", "random groups", "planted groups", "msl", "gdrt + msl"), SETTINGS["toy"], 3)
     if name == "transfer":
         if not folders:
             raise InputError("transfer: name the folders of office and book with --data")
@@ -163,15 +164,18 @@ def planted(dataset, prompts):
 def measured(begun, name, seed):
     """r (items, L), whose lowest values become group 0, NaN where nothing is trained -> (r, seconds); once a start.
 
-    Beside the three relevances: 'random'; 'position' in the title; 'nll', minus the mean NLL of the model before any user;
-    'planted'. begun.model's weights are overwritten.
+    Beside the three relevances after the warm-up: 'late', by gradient on the model that SFT has finished; 'random';
+    'position' in the title; 'nll', minus the mean NLL of the model before any user; 'planted'. begun.model's weights are
+    overwritten.
     """
     if name not in begun.measured:
         began, prompts, device = time.perf_counter(), begun.prompts, begun.job.device
         shape = len(prompts.titles), prompts.trie.path.shape[1] - 1
-        if name in ("gradient", "ablation", "probability"):
+        if name in ("gradient", "ablation", "probability", "late"):
             begun.model.load_state_dict(begun.warm)
-            r = relevance(begun.model, prompts, begun.windows, name, seed=seed, device=device)
+            if name == "late":
+                train_rest(begun, np.zeros(prompts.trie.path.shape, dtype=int), gdrt.sft, 1)
+            r = relevance(begun.model, prompts, begun.windows, name.replace("late", "gradient"), seed=seed, device=device)
         elif name == "nll":
             begun.model.load_state_dict(begun.before)
             trees = build_trees(prompts, sample_windows(begun.windows, WINDOWS_PER_TITLE, seed))
@@ -249,6 +253,16 @@ def begin(arguments, options):
     return start(json.dumps(named, sort_keys=True), options.data_dir, options.cache, options.device, options.precision)
 
 
+def train_rest(begun, group, objective, n_groups):
+    """Bring begun.model from the end of the warm-up to the end of training -> (seconds, [what each update tells])."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = gdrt.train(
+            begun.model, begun.prompts, begun.trees, begun.updates, (begun.shared, len(begun.updates)),
+            torch.tensor(group, device=begun.job.device), objective, n_groups, begun.job, Path(folder),
+            Path(begun.folder.name) / "warmup" / "checkpoint.pt")
+        return seconds, [json.loads(text) for text in gdrt.complete_lines(Path(folder) / "metrics.jsonl")]
+
+
 def objective_of(arguments, options):
     """The loop's objective for a run. Fixed weights are the mean q of the GDRT run with the same arguments."""
     loss = arguments["loss"]
@@ -276,12 +290,7 @@ def perform(run, options):
     model = begun.model
     model.load_state_dict(begun.before)  # measuring has left other weights in it
     if loss not in UNTRAINED:
-        with tempfile.TemporaryDirectory() as folder:
-            seconds["train"] = gdrt.train(
-                model, begun.prompts, begun.trees, begun.updates, (begun.shared, len(begun.updates)),
-                torch.tensor(group, device=device), objective_of(arguments, options), n_groups, begun.job, Path(folder),
-                Path(begun.folder.name) / "warmup" / "checkpoint.pt")
-            steps = [json.loads(text) for text in gdrt.complete_lines(Path(folder) / "metrics.jsonl")]
+        seconds["train"], steps = train_rest(begun, group, objective_of(arguments, options), n_groups)
         line["mean q"] = np.mean([step["q"] for step in steps], axis=0).tolist()
         last = steps[-max(1, len(steps) // 10):]
         line["training group NLL"] = np.mean([step["group_nll"] for step in last], axis=0).tolist()

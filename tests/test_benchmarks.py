@@ -17,7 +17,7 @@ import relevance
 import tables
 from data import load_dataset, make_prompts, tiny_tokenizer
 
-ROWS = ("popularity", "before", "sft", "gdrt", "random groups", "position groups", "untuned NLL groups", "fixed weights", "focal",
+ROWS = ("popularity", "before", "sft", "gdrt", "gdrt late", "random groups", "position groups", "untuned NLL groups", "fixed weights", "focal",
         "gdrt + msl", "planted groups")
 
 
@@ -97,6 +97,16 @@ def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
     assert lines["fixed weights"]["mean q"] == pytest.approx(lines["gdrt"]["mean q"], abs=1e-6)
     assert lines["random groups"]["shares"] == pytest.approx([0.25] * 4, abs=0.02)
     assert lines["focal"]["training group NLL"] != lines["sft"]["training group NLL"]
+
+
+def test_late_relevance_is_that_of_the_finished_sft_model(done):
+    _, options, runs = done
+    run = next(run for run in runs if run["row"] == "sft")
+    quality.perform(run, options)  # leaves the finished model
+    begun = quality.begin(run["arguments"], options)
+    r = quality.relevance(begun.model, begun.prompts, begun.windows, "gradient", seed=0)
+    assert np.allclose(quality.measured(begun, "late", 0)[0], r, atol=1e-6, equal_nan=True)
+    assert not np.allclose(quality.measured(begun, "gradient", 0)[0], r, atol=1e-2, equal_nan=True)
 
 
 def test_finished_runs_are_skipped_and_a_lost_one_is_done_again(done, monkeypatch):
