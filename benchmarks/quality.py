@@ -4,14 +4,14 @@
     python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
     python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
     python benchmarks/quality.py tune3                   the same with all windows: the defaults of gdrt.py
-    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate
+    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate; tune5: GDRT by probability
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
     python benchmarks/quality.py smollm2                 a pretrained LM, one seed
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3      a part of it; the rest can follow
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
-validation for the trials of tune to tune4, on test for the rest;
+validation for the trials of tune to tune5, on test for the rest;
 results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and
 results/windows/groups-KEY.npz the groups by which all rows of a seed report their held-out NLL.
 
@@ -128,6 +128,8 @@ def experiments(name, folders=()):
         return trials("sft", loo, lr=lrs, batch=(64, 128)) + trials("gdrt", loo, lr=lrs, prior=("uniform", "share"))
     if name == "tune4":  # a rate above those of tune, whose best was its highest; and MSL, which has trained at SFT's
         return trials("sft", grid, lr=[8e-3]) + trials("gdrt", grid, lr=[8e-3]) + trials("msl", grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3))
+    if name == "tune5":  # relevance by probability, which the summaries of the paper name: tune2 again, on its own groups
+        return trials("gdrt probability", grid, tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
@@ -351,7 +353,7 @@ def run_all(runs, options):
 def parser():
     p = argparse.ArgumentParser(description="Runs the experiments behind the README's tables; finished runs are skipped.")
     p.add_argument("experiment", nargs="?",
-                   choices=("quick", "power", "tune", "tune2", "tune3", "tune4", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
+                   choices=("quick", "power", "tune", "tune2", "tune3", "tune4", "tune5", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
     p.add_argument("--quick", dest="experiment", action="store_const", const="quick", help="the same as quick")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"only these rows: {', '.join(ROWS)}")
     p.add_argument("--seeds", type=int, default=10**6, metavar="N", help="only the first N seeds of each row")
@@ -377,9 +379,9 @@ def main(argv=None):
         runs = [run for run in experiments(options.experiment, options.paths)
                 if run["arguments"]["seed"] < options.seeds and run["name"] in options.rows]
         run_all(runs, options)
-        shown = {"quick": ("grid", "statements"), "power": ("power",)}.get(options.experiment)
+        shown = {"quick": ("headline", "statements"), "power": ("power",)}.get(options.experiment)
         if shown and not options.dry_run:
-            print("\n\n".join(tables.sections(options.results, shown).values()))
+            print(tables.document(tables.sections(options.results, shown)))
     except (InputError, OSError) as error:
         print(f"quality.py: {error}", file=sys.stderr)
         sys.exit(2)

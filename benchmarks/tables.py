@@ -1,7 +1,8 @@
 """README's tables and figures from results/quality.jsonl and results/windows/*.npz, and from nothing else.
 
-    python benchmarks/tables.py [SECTION ...]            Markdown of SECTIONS: grid, loo, transfer and so on
-    python benchmarks/tables.py --readme --figures       into README.md between its markers, and results/figures/*.svg
+    python benchmarks/tables.py [SECTION ...]            Markdown of what TITLES lists: grid, loo, transfer and so on
+    python benchmarks/tables.py --readme --figures       into README.md between its markers, results/tables.md, and
+                                                         results/figures/dose.svg
 
 How sure: accuracy and title NLL are known by window; users, with all their windows, and seeds are resampled together, and
 the run and SFT of one seed are compared on the same draw: the 2.5 and 97.5 percentiles (`interval`). What is not a mean
@@ -113,10 +114,11 @@ def detectable(values, user):
 
 # ------------------------------------------------------------------------------------------------ tables
 
-LEGEND = ("Means over seeds; [95% interval] of the paired difference to SFT. Title NLL and NLL by group: held out, nats over "
-          "legal continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of taste), compared where both "
-          "were read by the same groups. aux:user: attribution by ablation. seconds: training, warm-up and grouping included.")
-RULE = ("Verdict: *Confirmed* where the 95% interval excludes zero on the stated side, reaches the stated size, and our figure "
+LEGEND = ("Means over seeds; [95% interval] of the paired difference to SFT, bold where it excludes zero. Title NLL and NLL by "
+          "group: held out, nats over legal continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of "
+          "taste), compared where both were read by the same groups. aux:user: attribution by ablation. seconds: training, "
+          "warm-up and grouping included.")
+RULE = ("Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated side, reaches the stated size, and our figure "
         "is at least half of it; *weaker* where it only excludes zero; *not found* otherwise. Where no size is stated, "
         "excluding zero confirms. Extra cost: *Confirmed* up to 10%, *weaker* up to 30%.")
 
@@ -136,9 +138,10 @@ def markdown(header, rows):
 
 
 def span(triple, form="{:+.3f}", scale=1):
-    """'mean [low, high]', '' where there is nothing to compare."""
+    """'mean [low, high]', bold where that excludes zero; '' where there is nothing to compare."""
     mean, low, high = (scale * x for x in triple)
-    return "" if np.isnan(mean) else form.format(mean) + ("" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]")
+    text = "" if np.isnan(mean) else form.format(mean) + ("" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]")
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 def aux_ratio(line):
@@ -185,10 +188,13 @@ def by_window(results, row, sft, name, warm=False):
     return interval(ours, base, user)
 
 
-def table(results, rows, warm=False):
-    """A line a row; to SFT: the paired difference. warm: only outcomes by window, of those whose target occurs in training."""
-    header = ["", "seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT"] + ([] if warm else [
-        "NLL by group", "group 0 to SFT", "MGU@5", "to SFT", "DGU@5", "coverage@10", "aux:user", "seconds"])
+BY_WINDOW = "seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT, nats"  # what a part of the windows has, too
+COLUMNS = (*BY_WINDOW, "NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "DGU@5", "coverage@10", "aux:user", "seconds")
+HEADLINE = "seeds", "NDCG@10", "to SFT, %", "title NLL", "to SFT, nats", "group 0 to SFT", "MGU@5 to SFT", "seconds"
+
+
+def table(results, rows, columns=COLUMNS, warm=False):
+    """A line a row; to SFT: the paired difference. warm: only windows whose target occurs in training."""
     body = []
     for name, row in rows.items():
         sft, lines = rows.get("sft", {}) if name not in FIRST[:3] else {}, list(row.values())
@@ -198,24 +204,25 @@ def table(results, rows, warm=False):
 
         def level(kind, form="{:.4f}"):
             return form.format(outcomes(results, row, sorted(row), kind, warm)[0].mean())
-        learned = name != "popularity"
-        cells = [name, len(row), level("NDCG@10"), span(by_window(results, row, sft, "NDCG@10", warm)[0], "{:+.1f}", 100),
-                 level("HR@10"), level("legal NLL", "{:.3f}") if learned else "",
-                 span(by_window(results, row, sft, "legal NLL", warm)[1]) if learned else ""]
-        if not warm:
-            groups = np.mean([group_nll(line) for line in lines], axis=0) if learned else []
-            cells += [" ".join(f"{x:.2f}" for x in groups), span(group_zero_to_sft(row, sft)), mean(unfairness),
-                      span(by_seed(row, sft, unfairness), "{:+.4f}"), mean(lambda line: line["test"]["DGU@5"]),
-                      mean(lambda line: line["test"]["coverage@10"], "{:.3f}"), mean(aux_ratio, "{:.2f}") if learned else "",
-                      mean(cost, "{:.0f}") if name not in FIRST[:2] else ""]
-        body.append(cells)
-    return markdown(header, body)
+        cells = {
+            "seeds": lambda: len(row), "NDCG@10": lambda: level("NDCG@10"), "HR@10": lambda: level("HR@10"),
+            "to SFT, %": lambda: span(by_window(results, row, sft, "NDCG@10", warm)[0], "{:+.1f}", 100),
+            "title NLL": lambda: level("legal NLL", "{:.3f}"), "to SFT, nats": lambda: span(by_window(results, row, sft, "legal NLL", warm)[1]),
+            "NLL by group": lambda: " ".join(f"{x:.2f}" for x in np.mean([group_nll(line) for line in lines], axis=0)),
+            "group 0 to SFT": lambda: span(group_zero_to_sft(row, sft)), "MGU@5": lambda: mean(unfairness),
+            "MGU@5 to SFT": lambda: span(by_seed(row, sft, unfairness), "{:+.4f}"), "DGU@5": lambda: mean(lambda line: line["test"]["DGU@5"]),
+            "coverage@10": lambda: mean(lambda line: line["test"]["coverage@10"], "{:.3f}"), "aux:user": lambda: mean(aux_ratio, "{:.2f}"),
+            "seconds": lambda: mean(cost, "{:.0f}")}
+        absent = {"popularity": ("title NLL", "to SFT, nats", "NLL by group", "aux:user", "seconds"), "before": ("seconds",)}.get(name, ())
+        body.append([name, *("" if column in absent else cells[column]() for column in columns)])
+    return markdown(["", *columns], body)
 
 
 def tuning_table(lines, best=8):
     """The best trials on validation, by arena and loss."""
     text, names = [], ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
-    losses = {"sft": {"loss": "sft", "train_softmax": "full"}, "gdrt": {"loss": "gdrt"}, "msl": {"loss": "sft", "train_softmax": "trie"}}
+    losses = {"sft": {"loss": "sft", "train_softmax": "full"}, "gdrt": {"loss": "gdrt", "relevance": "gradient"},
+              "gdrt probability": {"loss": "gdrt", "relevance": "probability"}, "msl": {"loss": "sft", "train_softmax": "trie"}}
     for place, loss in itertools.product(("grid", "loo"), losses):
         wanted = PLACES[place] | losses[loss] | {"no_test": True}
         trials = [line for line in lines if wanted.items() <= line["arguments"].items()]
@@ -248,37 +255,43 @@ def places_of(lines):
     return PLACES | {name: {"dataset": name} for name in folders}
 
 
+def judged(triple, claimed, form="{:+.1f}%", scale=100):
+    """'mean [interval]: verdict' of a statement that claims a size; one seed has no interval, hence no verdict."""
+    return span(triple, form, scale) + ("" if np.isnan(triple[1]) else f": *{verdict(*triple, claimed)}*")
+
+
+def judged_cost(triple):
+    word = "Confirmed" if triple[0] <= 0.1 else "weaker" if triple[0] <= 0.3 else "not found"
+    return span(triple, "{:+.0f}%", 100) + f": *{word}*"
+
+
 def statements(results, lines):
     """The paper's statements one by one: our figure in each arena, and the verdict of RULE."""
-    body = []
-
-    def state(place, statement, triple, claimed, form="{:+.1f}%", scale=100):
-        found = "no interval" if np.isnan(triple[1]) else verdict(*triple, claimed)  # one seed, or SFT's NDCG is 0
-        body.append([statement, place, span(triple, form, scale), found])
+    columns = {}
     for place, wanted in places_of(lines).items():
         rows = pick(lines, **wanted)
         if not {"sft", "gdrt"} <= set(rows):
             continue
         sft, gdrt = rows["sft"], rows["gdrt"]
         both = sorted(set(sft) & set(gdrt))
-        state(place, "abstract: more accurate, NDCG@10 +24.29% on average over its baselines (here over SFT)",
-              by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429)
-        state(place, "second-hand: fairer, MGU@5 -37.43%",
-              seed_interval([unfairness(gdrt[seed]) / unfairness(sft[seed]) - 1 for seed in both]), -0.3743)
         worst = [group_zero(line) - np.nanmax(group_nll(line)[1:]) for line in sft.values()]
-        state(place, "premise: the group least tied to auxiliary tokens fares worst (SFT's NLL there less the next worst group's)",
-              seed_interval(worst), 1e-9, "{:+.3f}", 1)
-        state(place, "premise: GDRT lowers the NLL of that group", group_zero_to_sft(gdrt, sft), -1e-9, "{:+.3f}", 1)
-        if "before" in rows:
-            untouched = aux_ratio(next(iter(rows["before"].values())))
-            state(place, f"second-hand: SFT moves aux:user from 1:1 to 6:1 (log factor +1.79; here from {untouched:.1f}:1)",
-                  seed_interval([np.log(aux_ratio(line) / untouched) for line in sft.values()]), np.log(6), "{:+.2f}", 1)
-        state(place, "implied: GDRT moves it back (log factor)", by_seed(gdrt, sft, lambda line: np.log(aux_ratio(line))), -1e-9,
-              "{:+.2f}", 1)
-        extra = seed_interval([cost(gdrt[seed]) / cost(sft[seed]) - 1 for seed in both])
-        body.append(["second-hand: small extra cost (training seconds, grouping included)", place, span(extra, "{:+.0f}%", 100),
-                     "Confirmed" if extra[0] <= 0.1 else "weaker" if extra[0] <= 0.3 else "not found"])
-    return body and markdown(["statement", "arena", "our figure [95%]", "verdict"], body) + "\n\n" + RULE
+        untouched = aux_ratio(next(iter(rows["before"].values()))) if "before" in rows else np.nan
+        columns[place] = {
+            "abstract: more accurate, NDCG@10 +24.29% on average over its baselines (here over SFT)":
+                judged(by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429),
+            "second-hand: fairer, MGU@5 -37.43%":
+                judged(seed_interval([unfairness(gdrt[seed]) / unfairness(sft[seed]) - 1 for seed in both]), -0.3743),
+            "premise: the group least tied to auxiliary tokens fares worst (SFT's NLL there less the next worst group's, nats)":
+                judged(seed_interval(worst), 1e-9, "{:+.3f}", 1),
+            "premise: GDRT lowers the NLL of that group (nats)": judged(group_zero_to_sft(gdrt, sft), -1e-9, "{:+.3f}", 1),
+            "second-hand: SFT moves aux:user from 1:1 to 6:1 (log of the factor, there +1.79)":
+                judged(seed_interval([np.log(aux_ratio(line) / untouched) for line in sft.values()]), np.log(6), "{:+.2f}", 1),
+            "implied: GDRT moves it back (log of the factor)":
+                judged(by_seed(gdrt, sft, lambda line: np.log(aux_ratio(line))), -1e-9, "{:+.2f}", 1),
+            "second-hand: small extra cost (seconds of training, grouping included)":
+                judged_cost(seed_interval([cost(gdrt[seed]) / cost(sft[seed]) - 1 for seed in both]))}
+    names = next(iter(columns.values()), ())
+    return names and markdown(["statement", *columns], [[name, *(column[name] for column in columns.values())] for name in names]) + "\n\n" + RULE
 
 
 def same_group(a, b, weight=None):
@@ -339,30 +352,42 @@ def dose_table(results, lines):
                      for name in DOSES for value, triples in dose_curve(results, lines, name)])
 
 
-SECTIONS = "grid", "loo", "transfer", "toy", "smollm2", "dose", "groups", "power", "tune", "statements"
+TITLES = {  # of the sections, in results/tables.md
+    "headline": "ml-100k by time, 10,000 training windows, in short", "grid": "ml-100k by time, 10,000 training windows (`quality.py grid`)",
+    "loo": "ml-100k leave-one-out, all windows, the setting of `python gdrt.py --dataset ml-100k` (`quality.py loo`)",
+    "toy": "toy, where the biased tokens are known (`quality.py toy`): group 0 are the first words that taste decides, group 1 all that "
+           "prefix or fame decides; planted groups gives GDRT these two",
+    "smollm2": "SmolLM2-135M-Instruct, 2,000 windows of ml-100k, one epoch in 48 updates, nothing tuned (`quality.py smollm2`)",
+    "transfer": "office and book, 10,000 windows, the configuration of ml-100k (`quality.py transfer`): leave-one-out as their files have "
+                "it, the test later than all of training",
+    "dose": "GDRT to SFT over tau, number of groups and training windows, ml-100k by time (`quality.py dose`)",
+    "groups": "Do two seeds put a token into the same group? Of the tokens with a choice",
+    "power": "The smallest differences that can be expected to be seen, from the seeds of SFT alone (`quality.py power`)",
+    "tune": "The trials, on validation windows alone (`quality.py tune` to `tune5`)",
+    "statements": "The paper's statements"}
 
 
-def sections(results, names=SECTIONS):
+def sections(results, names=tuple(TITLES)):
     """{section: Markdown} of those that have results."""
     lines = read_lines(results)
     tested = [line for line in lines if not line["arguments"].get("no_test")]
 
     def transfer():
-        text = [f"{name}, {what}\n\n{table(results, pick(lines, dataset=name), warm)}" for name in list(places_of(lines))[len(PLACES):]
-                for what, warm in (("all test windows", False), ("test windows whose target occurs in training", True))]
-        return text and "\n\n".join([*text, LEGEND])
+        return "\n\n".join(f"{name}, {what}\n\n{table(results, pick(lines, dataset=name), columns, warm)}"
+                           for name in list(places_of(lines))[len(PLACES):] for what, columns, warm in (
+                               ("all test windows", COLUMNS, False), ("test windows whose target occurs in training", BY_WINDOW, True)))
 
-    def place(name):
+    def place(name, columns=COLUMNS):
         rows = {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row}  # doses apart
-        return rows and table(results, rows) + "\n\n" + LEGEND
-    makers = {"transfer": transfer, "dose": lambda: dose_table(results, tested), "groups": lambda: grouping_table(results, tested),
-              "power": lambda: power_table(results, lines),
+        return table(results, rows, columns)
+    makers = {"headline": lambda: place("grid", HEADLINE), "transfer": transfer, "dose": lambda: dose_table(results, tested),
+              "groups": lambda: grouping_table(results, tested), "power": lambda: power_table(results, lines),
               "tune": lambda: tuning_table(lines), "statements": lambda: statements(results, tested)}
     text = {name: makers[name]() if name in makers else place(name) for name in names}
     return {name: body for name, body in text.items() if body}
 
 
-# ------------------------------------------------------------------------------------------------ figures and the command
+# ------------------------------------------------------------------------------------------------ files and the command
 
 def draw_doses(results, lines, path):
     """The four curves over the three doses, with their 95% intervals, as SVG."""
@@ -389,6 +414,12 @@ def draw_doses(results, lines, path):
     plt.close(figure)
 
 
+def document(done):
+    """Sections as one Markdown file."""
+    parts = [f"# Tables\n\nMade by `python benchmarks/tables.py` from `quality.jsonl` and `windows/`.\n\n{LEGEND}"]
+    return "\n\n".join([*parts, *(f"## {name}\n\n{TITLES[name]}.\n\n{body.strip()}" for name, body in done.items())]) + "\n"
+
+
 def into_readme(text, name, body):
     """README's text with `body` between <!-- quality: NAME --> and <!-- /quality: NAME -->; unchanged without these."""
     pattern = rf"(<!-- quality: {name} -->\n).*?(<!-- /quality: {name} -->)"
@@ -397,24 +428,26 @@ def into_readme(text, name, body):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="README's tables and figures from results/quality.jsonl.")
-    p.add_argument("section", nargs="*", help=f"{', '.join(SECTIONS)} (default: all)")
+    p.add_argument("section", nargs="*", help=f"print only these of {', '.join(TITLES)}")
     p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    p.add_argument("--readme", action="store_true", help="write the tables between README.md's markers instead of printing them")
+    p.add_argument("--readme", action="store_true", help="print nothing: write the tables between README.md's markers, and all of them "
+                   "into DIR/tables.md")
     p.add_argument("--figures", action="store_true", help="draw DIR/figures/dose.svg; needs matplotlib")
     args = p.parse_args(argv)
-    if unknown := set(args.section) - set(SECTIONS):
-        p.error(f"no section {', '.join(sorted(unknown))}; choose from {', '.join(SECTIONS)}")
+    if unknown := set(args.section) - set(TITLES):
+        p.error(f"no section {', '.join(sorted(unknown))}; choose from {', '.join(TITLES)}")
     if not read_lines(args.results):
         p.error(f"{args.results / 'quality.jsonl'} holds no results; run benchmarks/quality.py first")
-    done = sections(args.results, args.section or SECTIONS)
+    done = sections(args.results, args.readme and tuple(TITLES) or args.section or tuple(TITLES))
     if args.readme:
         readme = ROOT / "README.md"
         text = readme.read_text(encoding="utf-8")
         for name, body in done.items():
             text = into_readme(text, name, body)
         readme.write_text(text, encoding="utf-8")
+        (args.results / "tables.md").write_text(document(done), encoding="utf-8")
     else:
-        print("\n\n".join(f"## {name}\n\n{body}" for name, body in done.items()))
+        print(document(done))
     if args.figures:
         tested = [line for line in read_lines(args.results) if not line["arguments"].get("no_test")]
         draw_doses(args.results, tested, args.results / "figures" / "dose.svg")

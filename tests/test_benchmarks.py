@@ -300,9 +300,9 @@ def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
 
 
 def test_statements_find_what_was_put_in(made_up):
-    rows = [line for line in tables.sections(made_up, ("statements",))["statements"].splitlines() if "| grid |" in line]
-    assert [line.split("|")[-2].strip() for line in rows] == ["weaker"] + ["Confirmed"] * 6  # 20% where 24.29% is stated
-    assert "+20.0%" in rows[0] and "+8%" in rows[-1]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in tables.sections(made_up, ("statements",))["statements"].splitlines() if line.startswith("|")]
+    assert header[1] == "grid" and [row[1].split(": ")[1] for row in rows] == ["*weaker*"] + ["*Confirmed*"] * 6  # 20% where 24.29% is stated
+    assert rows[0][1].startswith("**+20.0% [") and rows[-1][1].startswith("**+8% [")
 
 
 def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(made_up, capsys, tmp_path, monkeypatch):
@@ -317,6 +317,8 @@ def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(made_up, 
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme and readme.startswith("# A\n<!-- q") and readme.endswith("after \\1\n") and readme.count("| sft |") == 1
     assert "<svg" in (made_up / "figures" / "dose.svg").read_text()
+    whole = (made_up / "tables.md").read_text()
+    assert all(f"## {name}\n" in whole for name in text) and text["dose"] in whole
 
 
 def test_a_changed_configuration_does_not_mix_with_the_old_one(made_up):
