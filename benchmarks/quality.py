@@ -12,8 +12,8 @@
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
 validation for the trials of tune to tune5, on test for the rest;
-results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and
-results/windows/groups-KEY.npz the groups by which all rows of a seed report their held-out NLL.
+results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and the groups
+that were trained by; results/windows/groups-KEY.npz those by which all rows of a seed report their held-out NLL.
 
 Read `CONFIG` first, then `experiments`, then the controls, then `perform`. Losses of a seed share the SFT warm-up, the
 relevance and the batches, as in gdrt.py; the controls are nothing but other objectives and other tables of groups.
@@ -286,9 +286,11 @@ def perform(run, options):
     group, n_groups, seconds = held, n_held, {"warm-up": begun.seconds, "relevance": 0, "train": 0}
     line = {"key": key(arguments), "row": run["row"], "arguments": arguments, "data": dataset.digest,
             "held groups": hashlib.sha256(held.tobytes()).hexdigest()[:10]}
+    arrays = {}
     if "relevance" in arguments:
         n_groups, (r, seconds["relevance"]) = arguments["groups"], measured(begun, arguments["relevance"], seed)
         group, line["cuts"], line["shares"] = cut_groups(r, begun.windows, n_groups)
+        arrays["group"] = group.astype(np.int8)
     model = begun.model
     model.load_state_dict(begun.before)  # measuring has left other weights in it
     if loss not in UNTRAINED:
@@ -297,7 +299,7 @@ def perform(run, options):
         last = steps[-max(1, len(steps) // 10):]
         line["training group NLL"] = np.mean([step["group_nll"] for step in last], axis=0).tolist()
 
-    known, arrays, moment = {i for w in dataset.train for i in w.items[w.start:w.stop + 1]}, {}, time.perf_counter()
+    known, moment = {i for w in dataset.train for i in w.items[w.start:w.stop + 1]}, time.perf_counter()
     part = "valid" if arguments.get("no_test") else "test"
     windows = getattr(dataset, part)
     if loss == "popularity":

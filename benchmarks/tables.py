@@ -300,16 +300,25 @@ def same_group(a, b, weight=None):
     return float(np.average(a == b, weights=weight)), float(chance)
 
 
+def group_tables(results, lines, relevance):
+    """[group (items, L) of each seed that GDRT by this relevance was trained with, -1 where there is no target token]."""
+    kept = {}
+    for line in lines:
+        for path in (f"{line['key']}.npz", f"groups-{line['key']}.npz"):  # the latter: by gradient, beside a seed's SFT
+            asked = line["arguments"].get("relevance", "gradient"), line["arguments"].get("groups", 4)
+            if asked == (relevance, 4) and (Path(results) / "windows" / path).exists():
+                with np.load(Path(results) / "windows" / path, allow_pickle=False) as arrays:
+                    if "group" in arrays:
+                        kept[line["arguments"]["seed"]] = arrays["group"]
+    return list(kept.values())
+
+
 def grouping_table(results, lines):
     """Do two seeds put a token into the same group? Of the tokens outside the last group, which is a tie of those without a choice."""
     body = []
-    for place in ("grid", "loo"):
-        assigned, pairs = [], []
-        for line in pick(lines, **PLACES[place]).get("sft", {}).values():
-            path = Path(results) / "windows" / f"groups-{line['key']}.npz"
-            if path.exists():
-                with np.load(path, allow_pickle=False) as kept:
-                    assigned.append(kept["group"])
+    for place, relevance in itertools.product(("grid", "loo"), ("gradient", "late", "ablation", "probability")):
+        here = [line for row in pick(lines, **PLACES[place]).values() for line in row.values()]
+        assigned, pairs = group_tables(results, here, relevance), []
         for a, b in itertools.combinations(assigned, 2):
             last = a.max()
             both = (np.minimum(a, b) >= 0) & (np.maximum(a, b) < last)  # -1: not a target of this seed's training
@@ -317,8 +326,8 @@ def grouping_table(results, lines):
             pairs.append((both.sum(), *same_group(a, b), np.corrcoef(a, b)[0, 1]))
         if pairs:
             tokens, *shares = np.mean(pairs, axis=0)
-            body.append([place, len(assigned), f"{tokens:.0f}", *(f"{share:.2f}" for share in shares)])
-    return markdown(["arena", "seeds", "tokens with a choice", "in the same group", "by chance", "correlation of the groups"], body)
+            body.append([place, relevance, len(assigned), f"{tokens:.0f}", *(f"{share:.2f}" for share in shares)])
+    return markdown(["arena", "relevance", "seeds", "tokens with a choice", "in the same group", "by chance", "correlation of the groups"], body)
 
 
 DOSES = {"tau": "temperature tau", "groups": "groups K", "windows": "training windows"}

@@ -97,6 +97,10 @@ def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
     assert lines["fixed weights"]["mean q"] == pytest.approx(lines["gdrt"]["mean q"], abs=1e-6)
     assert lines["random groups"]["shares"] == pytest.approx([0.25] * 4, abs=0.02)
     assert lines["focal"]["training group NLL"] != lines["sft"]["training group NLL"]
+    late, = tables.group_tables(done[0], [lines["gdrt late"]], "late")
+    drawn, = tables.group_tables(done[0], [lines["random groups"]], "random")
+    assert set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3} and ((late < 0) == (drawn < 0)).all() and (late != drawn).any()
+    assert tables.group_tables(done[0], [lines["gdrt late"]], "gradient") == []
 
 
 def test_late_relevance_is_that_of_the_finished_sft_model(done):
@@ -295,8 +299,8 @@ def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
     for line, group in zip(tables.pick(tables.read_lines(made_up), **tables.GRID)["sft"].values(), groups):
         np.savez(made_up / "windows" / f"groups-{line['key']}.npz", group=np.array(group))
     cells = tables.sections(made_up, ("groups",))["groups"].splitlines()[2].split(" | ")
-    assert cells[1:4] == ["3", "5", f"{(3 / 5 + 3 / 5 + 1) / 3:.2f}"]
-    assert cells[4] == f"{(2 * (2 * 3 + 1 * 2 + 2 * 0) / 25 + (4 + 1 + 4) / 25) / 3:.2f}"
+    assert cells[1:5] == ["gradient", "3", "5", f"{(3 / 5 + 3 / 5 + 1) / 3:.2f}"]
+    assert cells[5] == f"{(2 * (2 * 3 + 1 * 2 + 2 * 0) / 25 + (4 + 1 + 4) / 25) / 3:.2f}"
 
 
 def test_statements_find_what_was_put_in(made_up):
