@@ -57,7 +57,9 @@ ROWS = {  # row of a table -> what makes it
     "popularity": {"loss": "popularity"}, "before": {"loss": "before"}, "sft": {"loss": "sft"}, "gdrt": {"loss": "gdrt"},
     "gdrt uniform": {"loss": "gdrt", "prior": "uniform"},  # the default of gdrt.py: first in tune3, second in tune2
     "gdrt late": {"loss": "gdrt", "relevance": "late"}, "gdrt late uniform": {"loss": "gdrt", "relevance": "late", "prior": "uniform"},
-    "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"}, "gdrt probability": {"loss": "gdrt", "relevance": "probability"},
+    "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"},
+    "gdrt probability": {"loss": "gdrt", "relevance": "probability", "tau": 16.0},  # by tune5
+    "gdrt probability tau 4": {"loss": "gdrt", "relevance": "probability"},  # as the other rows, run before tune5
     "group-dro": {"loss": "group-dro"},
     "random groups": {"loss": "gdrt", "relevance": "random"}, "position groups": {"loss": "gdrt", "relevance": "position"},
     "untuned NLL groups": {"loss": "gdrt", "relevance": "nll"}, "fixed weights": {"loss": "fixed"}, "focal": {"loss": "focal"},
@@ -111,7 +113,7 @@ def experiments(name, folders=()):
     if name == "loo":
         return table_of((*base, "gdrt uniform"), SETTINGS["loo"], 5)
     if name == "smollm2":
-        return table_of((*base, "gdrt probability"), SETTINGS["smollm2"], 1)
+        return table_of((*base, "gdrt probability tau 4"), SETTINGS["smollm2"], 1)
     if name == "toy":
         return table_of((*base, "gdrt late", "random groups", "planted groups", "msl", "gdrt + msl"), SETTINGS["toy"], 3)
     if name == "transfer":
