@@ -376,7 +376,7 @@ TITLES = {  # of the sections, in results/tables.md
     "statements": "The paper's statements"}
 
 
-def sections(results, names=tuple(TITLES)):
+def sections(results, names=TITLES):
     """{section: Markdown} of those that have results."""
     lines = read_lines(results)
     tested = [line for line in lines if not line["arguments"].get("no_test")]
@@ -447,7 +447,7 @@ def main(argv=None):
         p.error(f"no section {', '.join(sorted(unknown))}; choose from {', '.join(TITLES)}")
     if not read_lines(args.results):
         p.error(f"{args.results / 'quality.jsonl'} holds no results; run benchmarks/quality.py first")
-    done = sections(args.results, args.readme and tuple(TITLES) or args.section or tuple(TITLES))
+    done = sections(args.results, TITLES if args.readme else args.section or TITLES)
     if args.readme:
         readme = ROOT / "README.md"
         text = readme.read_text(encoding="utf-8")
