@@ -4,7 +4,7 @@
     python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
     python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
     python benchmarks/quality.py tune3                   the same with all windows: the defaults of gdrt.py
-    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate; tune5: GDRT by probability
+    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate; tune5: GDRT's other groups
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
     python benchmarks/quality.py smollm2                 a pretrained LM, one seed
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3      a part of it; the rest can follow
@@ -130,8 +130,8 @@ def experiments(name, folders=()):
         return trials("sft", loo, lr=lrs, batch=(64, 128)) + trials("gdrt", loo, lr=lrs, prior=("uniform", "share"))
     if name == "tune4":  # a rate above those of tune, whose best was its highest; and MSL, which has trained at SFT's
         return trials("sft", grid, lr=[8e-3]) + trials("gdrt", grid, lr=[8e-3]) + trials("msl", grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3))
-    if name == "tune5":  # relevance by probability, which the summaries of the paper name: tune2 again, on its own groups
-        return trials("gdrt probability", grid, tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))
+    if name == "tune5":  # tune2 again, on other groups: by probability, which the summaries of the paper name, and late
+        return [run for row in ("gdrt probability", "gdrt late") for run in trials(row, grid, tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))]
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]

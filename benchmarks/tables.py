@@ -114,10 +114,10 @@ def detectable(values, user):
 
 # ------------------------------------------------------------------------------------------------ tables
 
-LEGEND = ("Means over seeds; [95% interval] of the paired difference to SFT, bold where it excludes zero. Title NLL and NLL by "
-          "group: held out, nats over legal continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of "
-          "taste), compared where both were read by the same groups. aux:user: attribution by ablation. seconds: training, "
-          "warm-up and grouping included.")
+LEGEND = ("Means over seeds; [95% interval] of the paired difference to SFT, of a single seed over users alone; bold where it "
+          "excludes zero. Title NLL and NLL by group: held out, nats over legal continuations; group 0 is least relevant to the "
+          "auxiliary tokens (on toy: tokens of taste), compared where both were read by the same groups. aux:user: attribution by "
+          "ablation. seconds: training, warm-up and grouping included.")
 RULE = ("Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated side, reaches the stated size, and our figure "
         "is at least half of it; *weaker* where it only excludes zero; *not found* otherwise. Where no size is stated, "
         "excluding zero confirms. Extra cost: *Confirmed* up to 10%, *weaker* up to 30%.")
@@ -222,7 +222,8 @@ def tuning_table(lines, best=8):
     """The best trials on validation, by arena and loss."""
     text, names = [], ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
     losses = {"sft": {"loss": "sft", "train_softmax": "full"}, "gdrt": {"loss": "gdrt", "relevance": "gradient"},
-              "gdrt probability": {"loss": "gdrt", "relevance": "probability"}, "msl": {"loss": "sft", "train_softmax": "trie"}}
+              **{f"gdrt {name}": {"loss": "gdrt", "relevance": name} for name in ("probability", "late")},
+              "msl": {"loss": "sft", "train_softmax": "trie"}}
     for place, loss in itertools.product(("grid", "loo"), losses):
         wanted = PLACES[place] | losses[loss] | {"no_test": True}
         trials = [line for line in lines if wanted.items() <= line["arguments"].items()]
