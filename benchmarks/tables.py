@@ -306,8 +306,9 @@ def group_tables(results, lines, relevance):
     kept = {}
     for line in lines:
         for path in (f"{line['key']}.npz", f"groups-{line['key']}.npz"):  # the latter: by gradient, beside a seed's SFT
-            asked = line["arguments"].get("relevance", "gradient"), line["arguments"].get("groups", 4)
-            if asked == (relevance, 4) and (Path(results) / "windows" / path).exists():
+            a = line["arguments"]
+            asked = a.get("relevance", "gradient"), a.get("groups", 4), a.get("train_softmax", "full")  # MSL has a warm-up of its own
+            if asked == (relevance, 4, "full") and (Path(results) / "windows" / path).exists():
                 with np.load(Path(results) / "windows" / path, allow_pickle=False) as arrays:
                     if "group" in arrays:
                         kept[line["arguments"]["seed"]] = arrays["group"]
