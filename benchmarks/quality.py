@@ -176,10 +176,12 @@ def measured(begun, name, seed):
         began, prompts, device = time.perf_counter(), begun.prompts, begun.job.device
         shape = len(prompts.titles), prompts.trie.path.shape[1] - 1
         if name in ("gradient", "ablation", "probability", "late"):
-            begun.model.load_state_dict(begun.warm)
             if name == "late":
-                train_rest(begun, np.zeros(prompts.trie.path.shape, dtype=int), gdrt.sft, 1)
-            r = relevance(begun.model, prompts, begun.windows, name.replace("late", "gradient"), seed=seed, device=device)
+                train_rest(begun, np.zeros(shape, dtype=int), gdrt.sft, 1)
+            else:
+                begun.model.load_state_dict(begun.warm)
+            method = "gradient" if name == "late" else name
+            r = relevance(begun.model, prompts, begun.windows, method, seed=seed, device=device)
         elif name == "nll":
             begun.model.load_state_dict(begun.before)
             trees = build_trees(prompts, sample_windows(begun.windows, WINDOWS_PER_TITLE, seed))

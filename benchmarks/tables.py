@@ -118,9 +118,9 @@ LEGEND = ("Means over seeds; [95% interval] of the paired difference to SFT, of 
           "excludes zero. Title NLL and NLL by group: held out, nats over legal continuations; group 0 is least relevant to the "
           "auxiliary tokens (on toy: tokens of taste), compared where both were read by the same groups. aux:user: attribution by "
           "ablation. seconds: training, warm-up and grouping included.")
-RULE = ("Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated side, reaches the stated size, and our figure "
-        "is at least half of it; *weaker* where it only excludes zero; *not found* otherwise. Where no size is stated, "
-        "excluding zero confirms. Extra cost: *Confirmed* up to 10%, *weaker* up to 30%.")
+RULE = ("Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated side, reaches the stated size, "
+        "and our figure is at least half of it; *weaker* where it only excludes zero; *not found* otherwise. Where no size is "
+        "stated, excluding zero confirms. Extra cost: *Confirmed* up to 10%, *weaker* up to 30%.")
 
 
 def verdict(estimate, low, high, claimed):
@@ -305,13 +305,16 @@ def group_tables(results, lines, relevance):
     """[group (items, L) of each seed that GDRT by this relevance was trained with, -1 where there is no target token]."""
     kept = {}
     for line in lines:
-        for path in (f"{line['key']}.npz", f"groups-{line['key']}.npz"):  # the latter: by gradient, beside a seed's SFT
-            a = line["arguments"]
-            asked = a.get("relevance", "gradient"), a.get("groups", 4), a.get("train_softmax", "full")  # MSL has a warm-up of its own
-            if asked == (relevance, 4, "full") and (Path(results) / "windows" / path).exists():
-                with np.load(Path(results) / "windows" / path, allow_pickle=False) as arrays:
+        a = line["arguments"]
+        asked = a.get("relevance", "gradient"), a.get("groups", 4), a.get("train_softmax", "full")  # MSL has a warm-up of its own
+        if asked != (relevance, 4, "full"):
+            continue
+        for name in (line["key"], f"groups-{line['key']}"):  # the latter: by gradient, beside a seed's SFT
+            path = Path(results) / "windows" / f"{name}.npz"
+            if path.exists():
+                with np.load(path, allow_pickle=False) as arrays:
                     if "group" in arrays:
-                        kept[line["arguments"]["seed"]] = arrays["group"]
+                        kept[a["seed"]] = arrays["group"]
     return list(kept.values())
 
 

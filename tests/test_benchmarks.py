@@ -97,6 +97,10 @@ def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
     assert lines["fixed weights"]["mean q"] == pytest.approx(lines["gdrt"]["mean q"], abs=1e-6)
     assert lines["random groups"]["shares"] == pytest.approx([0.25] * 4, abs=0.02)
     assert lines["focal"]["training group NLL"] != lines["sft"]["training group NLL"]
+
+
+def test_a_run_keeps_the_groups_that_it_was_trained_by(done):
+    lines = by_row(done[0])
     late, = tables.group_tables(done[0], [lines["gdrt late"]], "late")
     drawn, = tables.group_tables(done[0], [lines["random groups"]], "random")
     assert set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3} and ((late < 0) == (drawn < 0)).all() and (late != drawn).any()
