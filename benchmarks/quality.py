@@ -137,7 +137,8 @@ def experiments(name, folders=()):
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
         return [run for seed in range(3) for run in
                 [make_run(row, budget, seed) for budget in (grid, *budgets) for row in ("sft", "gdrt")]
-                + [make_run("gdrt", grid, seed, **dose) for dose in doses]]
+                + [make_run("gdrt", grid, seed, **dose) for dose in doses]
+                + [make_run(row, grid, seed, epochs=epochs) for epochs in (2, 4, 8) for row in ("sft", "gdrt")]]
 
 
 # ------------------------------------------------------------------------------------------------ controls

@@ -322,7 +322,7 @@ def grouping_table(results, lines):
     """Do two seeds put a token into the same group? Of the tokens outside the last group, which is a tie of those without a choice."""
     body = []
     for place, relevance in itertools.product(("grid", "loo"), ("gradient", "late", "ablation", "probability")):
-        here = [line for row in pick(lines, **PLACES[place]).values() for line in row.values()]
+        here = [line for name, row in pick(lines, **PLACES[place]).items() if "=" not in name for line in row.values()]  # doses apart
         assigned, pairs = group_tables(results, here, relevance), []
         for a, b in itertools.combinations(assigned, 2):
             last = a.max()
@@ -335,29 +335,33 @@ def grouping_table(results, lines):
     return markdown(["arena", "relevance", "seeds", "tokens with a choice", "in the same group", "by chance", "correlation of the groups"], body)
 
 
-DOSES = {"tau": "temperature tau", "groups": "groups K", "windows": "training windows"}
+DOSES = {"tau": "temperature tau", "groups": "groups K", "windows": "training windows", "epochs": "epochs"}
 CURVES = {"NDCG@10 to SFT, %": "{:+.1f}", "title NLL to SFT, nats": "{:+.3f}", "group 0 NLL to SFT, nats": "{:+.3f}",
           "MGU@5 to SFT": "{:+.4f}"}
 
 
-def dose_curve(results, lines, name):
-    """[(value, the four CURVES' (mean, low, high))] of GDRT over tau, groups or windows, all else as in the grid."""
-    grid, found = pick(lines, **GRID), {}
+def dose_pairs(lines, name):
+    """{value: (GDRT's row, SFT's row)} over tau, groups, windows or epochs, all else as in the grid."""
+    grid = pick(lines, **GRID)
     if not {"sft", "gdrt"} <= set(grid):
-        return []
+        return {}
     if name == "windows":
-        for limit in {line["arguments"]["windows"] for line in lines}:
-            rows = pick(lines, **GRID | {"windows": limit})
-            found[limit or np.inf] = rows.get("gdrt", {}), rows.get("sft", {})
-    else:
-        usual = next(iter(grid["gdrt"].values()))["arguments"] | {"seed": 0}
-        for row in grid.values():
-            arguments = next(iter(row.values()))["arguments"] | {"seed": 0}
-            if arguments | {name: 0} == usual | {name: 0}:
-                found[arguments[name]] = row, grid["sft"]
+        budgets = {line["arguments"]["windows"]: pick(lines, **GRID | {"windows": line["arguments"]["windows"]}) for line in lines}
+        return {limit or np.inf: (rows.get("gdrt", {}), rows.get("sft", {})) for limit, rows in budgets.items()}
+
+    def at_values(loss):  # rows that differ from the usual one of this loss in nothing but `name`
+        usual = next(iter(grid[loss].values()))["arguments"] | {"seed": 0, name: 0}
+        every = {row: next(iter(seeds.values()))["arguments"] for row, seeds in grid.items()}
+        return {a[name]: grid[row] for row, a in every.items() if name in a and a | {"seed": 0, name: 0} == usual}
+    sft = at_values("sft")
+    return {value: (row, sft.get(value, {}) if sft else grid["sft"]) for value, row in at_values("gdrt").items()}
+
+
+def dose_curve(results, lines, name):
+    """[(value, the four CURVES' (mean, low, high))] of the pairs that have a seed in common, by value."""
     return [(value, (100 * np.array(by_window(results, *pair, "NDCG@10")[0]), by_window(results, *pair, "legal NLL")[1],
                      group_zero_to_sft(*pair), by_seed(*pair, unfairness)))
-            for value, pair in sorted(found.items()) if set(pair[0]) & set(pair[1])]
+            for value, pair in sorted(dose_pairs(lines, name).items()) if set(pair[0]) & set(pair[1])]
 
 
 def dose_table(results, lines):
@@ -374,7 +378,7 @@ TITLES = {  # of the sections, in results/tables.md
     "smollm2": "SmolLM2-135M-Instruct, 2,000 windows of ml-100k, one epoch in 48 updates, nothing tuned (`quality.py smollm2`)",
     "transfer": "office and book, 10,000 windows, the configuration of ml-100k (`quality.py transfer`): leave-one-out as their files have "
                 "it, the test later than all of training",
-    "dose": "GDRT to SFT over tau, number of groups and training windows, ml-100k by time (`quality.py dose`)",
+    "dose": "GDRT to SFT over tau, number of groups, training windows and epochs, ml-100k by time (`quality.py dose`)",
     "groups": "Do two seeds put a token into the same group? Of the tokens with a choice",
     "power": "The smallest differences that can be expected to be seen, from the seeds of SFT alone (`quality.py power`)",
     "tune": "The trials, on validation windows alone (`quality.py tune` to `tune5`)",
@@ -404,12 +408,12 @@ def sections(results, names=TITLES):
 # ------------------------------------------------------------------------------------------------ files and the command
 
 def draw_doses(results, lines, path):
-    """The four curves over the three doses, with their 95% intervals, as SVG."""
+    """The four curves over the four doses, with their 95% intervals, as SVG."""
     import matplotlib
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "gdrt"  # equal results, equal file
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(CURVES), len(DOSES), figsize=(10, 9), sharex="col", sharey="row")
+    figure, axes = plt.subplots(len(CURVES), len(DOSES), figsize=(12, 9), sharex="col", sharey="row")
     for column, name in zip(axes.T, DOSES):
         curve = dose_curve(results, lines, name)
         place = np.arange(len(curve))  # doses stand at equal steps, 'all' to the right

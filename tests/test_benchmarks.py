@@ -276,12 +276,14 @@ def test_verdicts(triple, claimed, expected):
 def made_up(tmp_path):
     """Results where GDRT's NDCG@10 is 0.01 above SFT's 0.05 for every window, MGU 40% lower, ratios 1, 6 and 3 to 1."""
     random, lines = np.random.default_rng(0), []
-    user, grid = np.repeat(np.arange(20), 5), {"dataset": "ml-100k", "split": "time", "windows": 10_000}
+    user, grid = np.repeat(np.arange(20), 5), {"dataset": "ml-100k", "split": "time", "windows": 10_000, "epochs": 4}
     usual = {"tau": 1.0, "groups": 4, "relevance": "gradient", "prior": "uniform"}
     specs = [("before", 0, {"loss": "before"}, 0.02, 0.10, 1)]
     for seed in range(3):
         specs += [("sft", seed, {"loss": "sft"}, 0.05, 0.10, 6), ("gdrt", seed, {"loss": "gdrt"} | usual, 0.06, 0.06, 3),
                   ("gdrt tau=10", seed, {"loss": "gdrt"} | usual | {"tau": 10.0}, 0.05, 0.10, 6),
+                  ("sft epochs=8", seed, {"loss": "sft", "epochs": 8}, 0.04, 0.10, 6),
+                  ("gdrt epochs=8", seed, {"loss": "gdrt", "epochs": 8} | usual, 0.05, 0.10, 6),
                   ("sft", seed, {"loss": "sft", "windows": None}, 0.05, 0.10, 6),
                   ("gdrt", seed, {"loss": "gdrt", "windows": None} | usual, 0.055, 0.10, 6)]
     (tmp_path / "windows").mkdir()
@@ -315,9 +317,10 @@ def test_statements_find_what_was_put_in(made_up):
 
 def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(made_up, capsys, tmp_path, monkeypatch):
     text = tables.sections(made_up, ("grid", "dose"))
-    assert "tau=10" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
+    assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
     assert [line.split("|")[1:3] for line in text["dose"].splitlines()[2:]] == [
-        [" tau ", " 1 "], [" tau ", " 10 "], [" groups ", " 4 "], [" windows ", " 10000 "], [" windows ", " all "]]
+        [" tau ", " 1 "], [" tau ", " 10 "], [" groups ", " 4 "], [" windows ", " 10000 "], [" windows ", " all "], [" epochs ", " 4 "], [" epochs ", " 8 "]]
+    assert text["dose"].splitlines()[-1].split("|")[3].startswith(" **+25.0 [")  # to SFT with as many epochs: 0.05 to 0.04
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n")
     tables.main(["--results", str(made_up), "--readme", "--figures"])
