@@ -177,6 +177,16 @@ def test_a_part_of_an_experiment(capsys, tmp_path):
     assert [line.split()[1] for line in lines] == ["sft", "gdrt"] * 2 and sum("seed1" in line for line in lines) == 2
 
 
+def test_quick_is_the_headline_on_three_seeds(capsys, tmp_path):
+    quality.main(["--quick", "--dry-run", "--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["popularity", "before", *["sft", "gdrt"] * 3]
+    for wrong in ([], ["grid", "--quick"]):
+        with pytest.raises(SystemExit) as stop:
+            quality.main([*wrong, "--dry-run", "--results", str(tmp_path)])
+        assert stop.value.code == 2 and "or --quick" in capsys.readouterr().err
+
+
 def test_a_dose_at_its_usual_value_is_the_grids_own_run():
     grid = {quality.key(run["arguments"]): run["row"] for run in quality.experiments("grid")}
     shared = [run for run in quality.experiments("dose") if quality.key(run["arguments"]) in grid]
