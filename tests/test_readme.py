@@ -39,6 +39,17 @@ def test_every_command_is_known_to_a_test():
     assert set(COMMANDS) - set(offline) <= rest | {line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))}
 
 
+def test_commands_of_the_evidence_list_their_runs(monkeypatch, tmp_path, capsys):
+    """Those in the README's sentences and at the head of quality.py; the runs themselves take minutes to hours."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quality
+    commands = re.findall(r"python benchmarks/quality\.py (.*?)(?:`|  |\n)", README + quality.__doc__)
+    assert {"--quick", "smollm2", "grid"} <= set(commands)
+    for command in commands:
+        quality.main([*shlex.split(command), "--dry-run", "--results", str(tmp_path)])
+        assert capsys.readouterr().out.count("\n") >= 4, command
+
+
 @pytest.mark.slow
 def test_first_look(tmp_path, monkeypatch):
     """The toy commands as written, one after the other, in an empty folder."""
