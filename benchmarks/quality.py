@@ -4,14 +4,15 @@
     python benchmarks/quality.py power                   SFT alone: the smallest difference that can be seen; run it first
     python benchmarks/quality.py tune                    and tune2: validation alone; the winners go into CONFIG, by hand
     python benchmarks/quality.py tune3                   the same with all windows: the defaults of gdrt.py
-    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate; tune5: GDRT's other groups
+    python benchmarks/quality.py tune4                   beyond the edge of tune, and MSL's learning rate; tune5: GDRT's other groups;
+                                                         tune6: epochs
     python benchmarks/quality.py grid                    and loo, toy, dose; transfer --data PATH/office PATH/book
     python benchmarks/quality.py smollm2                 a pretrained LM, one seed
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3      a part of it; the rest can follow
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped, so any command can be
 interrupted and repeated. A line holds arguments, versions, commit, machine, seconds, every metric, on
-validation for the trials of tune to tune5, on test for the rest;
+validation for the trials of tune to tune6, on test for the rest;
 results/windows/KEY.npz holds the outcome of every window, from which paired statistics can be recomputed, and the groups
 that were trained by; results/windows/groups-KEY.npz those by which all rows of a seed report their held-out NLL.
 
@@ -132,6 +133,8 @@ def experiments(name, folders=()):
         return trials("sft", grid, lr=[8e-3]) + trials("gdrt", grid, lr=[8e-3]) + trials("msl", grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3))
     if name == "tune5":  # tune2 again, on other groups: by probability, which the summaries of the paper name, and late
         return [run for row in ("gdrt probability", "gdrt late") for run in trials(row, grid, tau=(1.0, 4.0, 16.0), prior=("uniform", "share"))]
+    if name == "tune6":  # is another number of epochs better for one of the two?
+        return [run for epochs in (2, 3, 6) for row in ("sft", "gdrt") for run in trials(row, grid, epochs=[epochs])]
     if name == "dose":
         doses = [{"tau": tau} for tau in (0.1, 0.3, 1.0, 3.0, 10.0)] + [{"groups": groups} for groups in (2, 4, 8, 16)]
         budgets = [grid | {"windows": windows} for windows in (2_000, 5_000, 20_000, None)]
@@ -360,7 +363,7 @@ def run_all(runs, options):
 def parser():
     p = argparse.ArgumentParser(description="Runs the experiments behind the README's tables; finished runs are skipped.")
     p.add_argument("experiment", nargs="?",
-                   choices=("power", "tune", "tune2", "tune3", "tune4", "tune5", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
+                   choices=("power", "tune", "tune2", "tune3", "tune4", "tune5", "tune6", "grid", "loo", "transfer", "toy", "dose", "smollm2"))
     p.add_argument("--quick", action="store_true", help="the headline on three seeds, into runs/quick")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"only these rows: {', '.join(ROWS)}")
     p.add_argument("--seeds", type=int, default=10**6, metavar="N", help="only the first N seeds of each row")

@@ -381,7 +381,7 @@ TITLES = {  # of the sections, in results/tables.md
     "dose": "GDRT to SFT over tau, number of groups, training windows and epochs, ml-100k by time (`quality.py dose`)",
     "groups": "Do two seeds put a token into the same group? Of the tokens with a choice",
     "power": "The smallest differences that can be expected to be seen, from the seeds of SFT alone (`quality.py power`)",
-    "tune": "The trials, on validation windows alone (`quality.py tune` to `tune5`)",
+    "tune": "The trials, on validation windows alone (`quality.py tune` to `tune6`)",
     "statements": "The paper's statements"}
 
 
