@@ -365,9 +365,13 @@ def dose_curve(results, lines, name):
 
 
 def dose_table(results, lines):
-    return markdown(["dose", "value", *CURVES],
-                    [[name, "all" if value == np.inf else f"{value:g}", *map(span, triples, CURVES.values())]
-                     for name in DOSES for value, triples in dose_curve(results, lines, name)])
+    body = []
+    for name in DOSES:
+        pairs = dose_pairs(lines, name)
+        for value, triples in dose_curve(results, lines, name):
+            sft = [np.mean([line["test"][metric] for line in pairs[value][1].values()]) for metric in ("NDCG@10", "MGU@5")]
+            body.append([name, "all" if value == np.inf else f"{value:g}", *(f"{x:.4f}" for x in sft), *map(span, triples, CURVES.values())])
+    return markdown(["dose", "value", "SFT's NDCG@10", "SFT's MGU@5", *CURVES], body)
 
 
 TITLES = {  # of the sections, in results/tables.md

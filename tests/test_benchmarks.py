@@ -330,7 +330,8 @@ def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(made_up, 
     assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
     assert [line.split("|")[1:3] for line in text["dose"].splitlines()[2:]] == [
         [" tau ", " 1 "], [" tau ", " 10 "], [" groups ", " 4 "], [" windows ", " 10000 "], [" windows ", " all "], [" epochs ", " 4 "], [" epochs ", " 8 "]]
-    assert text["dose"].splitlines()[-1].split("|")[3].startswith(" **+25.0 [")  # to SFT with as many epochs: 0.05 to 0.04
+    last = text["dose"].splitlines()[-1].split("|")
+    assert last[3].startswith(" 0.04") and last[5].startswith(" **+25.0 [")  # to SFT with as many epochs: 0.05 to 0.04
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n")
     tables.main(["--results", str(made_up), "--readme", "--figures"])
