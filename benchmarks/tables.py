@@ -218,7 +218,7 @@ def table(results, rows, columns=COLUMNS, warm=False):
     return markdown(["", *columns], body)
 
 
-def tuning_table(lines, best=8):
+def tuning_table(lines, best=10):
     """The best trials on validation, by arena and loss."""
     text, names = [], ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
     losses = {"sft": {"loss": "sft", "train_softmax": "full"}, "gdrt": {"loss": "gdrt", "relevance": "gradient"},
