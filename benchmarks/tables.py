@@ -49,6 +49,11 @@ def pick(lines, tuning=False, **wanted):
     return {row: {line["arguments"]["seed"]: line for line in found} for row, found in same.items()}
 
 
+def rows_of(lines, place):
+    """pick of an arena's rows, doses (tau=10 and the like) apart."""
+    return {row: seeds for row, seeds in pick(lines, **PLACES[place]).items() if "=" not in row}
+
+
 def outcomes(results, row, seeds, name, warm=False, part="test"):
     """(values (S, N) of one outcome by seed and window, user (N,)). warm: windows whose target occurs in training."""
     values = []
@@ -322,7 +327,7 @@ def grouping_table(results, lines):
     """Do two seeds put a token into the same group? Of the tokens outside the last group, which is a tie of those without a choice."""
     body = []
     for place, relevance in itertools.product(("grid", "loo"), ("gradient", "late", "ablation", "probability")):
-        here = [line for name, row in pick(lines, **PLACES[place]).items() if "=" not in name for line in row.values()]  # doses apart
+        here = [line for row in rows_of(lines, place).values() for line in row.values()]
         assigned, pairs = group_tables(results, here, relevance), []
         for a, b in itertools.combinations(assigned, 2):
             last = a.max()
@@ -346,7 +351,8 @@ def dose_pairs(lines, name):
     if not {"sft", "gdrt"} <= set(grid):
         return {}
     if name == "windows":
-        budgets = {line["arguments"]["windows"]: pick(lines, **GRID | {"windows": line["arguments"]["windows"]}) for line in lines}
+        limits = {line["arguments"]["windows"] for line in lines}
+        budgets = {limit: pick(lines, **GRID | {"windows": limit}) for limit in limits}
         return {limit or np.inf: (rows.get("gdrt", {}), rows.get("sft", {})) for limit, rows in budgets.items()}
 
     def at_values(loss):  # rows that differ from the usual one of this loss in nothing but `name`
@@ -358,8 +364,8 @@ def dose_pairs(lines, name):
 
 
 def dose_curve(results, lines, name):
-    """[(value, the four CURVES' (mean, low, high))] of the pairs that have a seed in common, by value."""
-    return [(value, (100 * np.array(by_window(results, *pair, "NDCG@10")[0]), by_window(results, *pair, "legal NLL")[1],
+    """[(value, SFT's row, the four CURVES' (mean, low, high))] of the pairs that have a seed in common, by value."""
+    return [(value, pair[1], (100 * np.array(by_window(results, *pair, "NDCG@10")[0]), by_window(results, *pair, "legal NLL")[1],
                      group_zero_to_sft(*pair), by_seed(*pair, unfairness)))
             for value, pair in sorted(dose_pairs(lines, name).items()) if set(pair[0]) & set(pair[1])]
 
@@ -367,10 +373,9 @@ def dose_curve(results, lines, name):
 def dose_table(results, lines):
     body = []
     for name in DOSES:
-        pairs = dose_pairs(lines, name)
-        for value, triples in dose_curve(results, lines, name):
-            sft = [np.mean([line["test"][metric] for line in pairs[value][1].values()]) for metric in ("NDCG@10", "MGU@5")]
-            body.append([name, "all" if value == np.inf else f"{value:g}", *(f"{x:.4f}" for x in sft), *map(span, triples, CURVES.values())])
+        for value, sft, triples in dose_curve(results, lines, name):
+            levels = [np.mean([line["test"][metric] for line in sft.values()]) for metric in ("NDCG@10", "MGU@5")]
+            body.append([name, "all" if value == np.inf else f"{value:g}", *(f"{x:.4f}" for x in levels), *map(span, triples, CURVES.values())])
     return markdown(["dose", "value", "SFT's NDCG@10", "SFT's MGU@5", *CURVES], body)
 
 
@@ -400,8 +405,7 @@ def sections(results, names=TITLES):
                                ("all test windows", COLUMNS, False), ("test windows whose target occurs in training", BY_WINDOW, True)))
 
     def place(name, columns=COLUMNS):
-        rows = {row: seeds for row, seeds in pick(lines, **PLACES[name]).items() if "=" not in row}  # doses apart
-        return table(results, rows, columns)
+        return table(results, rows_of(lines, name), columns)
     makers = {"headline": lambda: place("grid", HEADLINE), "transfer": transfer, "dose": lambda: dose_table(results, tested),
               "groups": lambda: grouping_table(results, tested), "power": lambda: power_table(results, lines),
               "tune": lambda: tuning_table(lines), "statements": lambda: statements(results, tested)}
@@ -424,9 +428,9 @@ def draw_doses(results, lines, path):
         for i, panel in enumerate(column):
             panel.axhline(0, color="0.6", linewidth=0.8)
             if curve:
-                mean, low, high = np.array([triples[i] for _, triples in curve]).T
+                mean, low, high = np.array([triples[i] for _, _, triples in curve]).T
                 panel.errorbar(place, mean, np.nan_to_num([mean - low, high - mean]), marker="o", markersize=4, capsize=3)
-        column[-1].set_xticks(place, ["all" if value == np.inf else f"{value:g}" for value, _ in curve])
+        column[-1].set_xticks(place, ["all" if value == np.inf else f"{value:g}" for value, _, _ in curve])
         column[-1].set_xlabel(DOSES[name])
     for panel, label in zip(axes[:, 0], CURVES):
         panel.set_ylabel(label, fontsize=8)
