@@ -9,6 +9,7 @@ turns it into the groups of the objective, `token_attribution` opens one prompt 
     A_S(t)   attribution          `segment_gradient`, `ablations`  (N,)
     r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), in [0, 1]
 """
+
 import argparse
 import contextlib
 import html
@@ -20,8 +21,27 @@ import torch.autograd.forward_ad as forward_ad
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from data import (TEMPLATE, TITLE, USER, InputError, Window, attention, build_tree, build_trees, by_length, by_trunk, collate, legal_tokens,
-                  load_run, log_softmax_over, logits_at, run_command, settle_libraries, target_logits, write_atomic)
+from data import (
+    TEMPLATE,
+    TITLE,
+    USER,
+    InputError,
+    Window,
+    attention,
+    build_tree,
+    build_trees,
+    by_length,
+    by_trunk,
+    collate,
+    legal_tokens,
+    load_run,
+    log_softmax_over,
+    logits_at,
+    run_command,
+    settle_libraries,
+    target_logits,
+    write_atomic,
+)
 
 AUXILIARY = (TEMPLATE, TITLE)
 STEPS = 4  # points on the path; rank correlation of r with its limit, the ablation, where tokens have a choice: 0.74 at 2, 0.91 at 4; 0.97 at 4 on another warm-up
@@ -29,6 +49,7 @@ WINDOWS_PER_TITLE = 1  # at least: trees are taken whole, so most titles get mor
 
 
 # ------------------------------------------------------------------------------------------------ two attributions
+
 
 @contextlib.contextmanager
 def measuring(model):
@@ -45,6 +66,7 @@ def measuring(model):
 class LeanDuals(TorchFunctionMode):
     """Forward mode through linear layers and softmax without PyTorch's detours: it takes a third matrix product, for the
     weight's zero tangent, and three more exponentials."""
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in (torch.nn.functional.linear, torch.nn.functional.softmax):
@@ -53,7 +75,9 @@ class LeanDuals(TorchFunctionMode):
                 return forward_ad.make_dual(function(x, *args[1:]), function(tangent, args[1]))
             if tangent is not None:
                 p = function(x, *args[1:], **kwargs)
-                return forward_ad.make_dual(p, p * (tangent - (p * tangent).sum(kwargs["dim"], keepdim=True)))
+                return forward_ad.make_dual(
+                    p, p * (tangent - (p * tangent).sum(kwargs["dim"], keepdim=True))
+                )
         return function(*args, **kwargs)
 
 
@@ -83,7 +107,9 @@ def log_prob_derivative(logits, tangent, label, legal=None):
         return (logits.softmax(-1) * (own - tangent)).sum(-1)  # the label's own term is 0
     owner, token, _ = legal
     p = log_softmax_over(logits, owner, token).exp()  # (C,)
-    return torch.zeros_like(own[:, 0]).index_add(0, owner, p * (own[owner, 0] - tangent[owner, token]))
+    return torch.zeros_like(own[:, 0]).index_add(
+        0, owner, p * (own[owner, 0] - tangent[owner, token])
+    )
 
 
 def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
@@ -98,7 +124,9 @@ def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
     for j in range(steps):
         s = (j + 0.5) / steps
         with forward_ad.dual_level(), LeanDuals():
-            dual = target_logits(model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta))
+            dual = target_logits(
+                model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta)
+            )
             logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
         total = total + log_prob_derivative(logits, tangent, batch.label, legal)
     return total / steps
@@ -113,20 +141,30 @@ def ablations(model, batch, segments, tries=(None,)):
 
     def log_probs(embeds):
         logits = target_logits(model, batch, embeds)  # (N, V)
-        return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])  # (len(tries), N)
+        return torch.stack(
+            [label_log_prob(logits, batch.label, tokens) for tokens in legal]
+        )  # (len(tries), N)
+
     own = log_probs(path_ends(model, batch, ())[0])
     ends = [path_ends(model, batch, segment) for segment in segments]
     return torch.stack([own - log_probs(E - delta) for E, delta in ends], dim=1)
 
 
-def attributions(model, trees, method="gradient", tries=(None,), steps=STEPS, device="cpu", note="attribution"):
+def attributions(
+    model, trees, method="gradient", tries=(None,), steps=STEPS, device="cpu", note="attribution"
+):
     """(A_aux, A_user of each softmax in `tries`, item, step, window), each (N,) numpy, over all target tokens; scores in fp32."""
     segments = AUXILIARY, (USER,)
 
     def measure(batch):
         if method == "ablation":
             return ablations(model, batch, segments, tries).flatten(0, 1)
-        return [segment_gradient(model, batch, segment, steps, trie) for trie in tries for segment in segments]
+        return [
+            segment_gradient(model, batch, segment, steps, trie)
+            for trie in tries
+            for segment in segments
+        ]
+
     parts = []
     with measuring(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
@@ -137,6 +175,7 @@ def attributions(model, trees, method="gradient", tries=(None,), steps=STEPS, de
 
 
 # ------------------------------------------------------------------------------------------------ relevance and groups
+
 
 def ratio(aux, user):
     """r = |aux| / (|aux| + |user|), elementwise; 0/0 is 1: a token certain without the user."""
@@ -182,12 +221,16 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
         with measuring(model):
             for indices in by_length(trees):
                 batch = collate([trees[i] for i in indices], device)
-                p = label_log_prob(target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)).exp()
+                p = label_log_prob(
+                    target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)
+                ).exp()
                 parts.append([x.cpu().numpy() for x in (p.cpu().double(), batch.item, batch.step)])
         r, item, step = (np.concatenate(part) for part in zip(*parts))
     else:
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
-        aux, user, item, step, _ = attributions(model, trees, method, (prompts.trie,), steps, device, note=f"relevance ({method})")
+        aux, user, item, step, _ = attributions(
+            model, trees, method, (prompts.trie,), steps, device, note=f"relevance ({method})"
+        )
         r = ratio(aux, user)
     return mean_by_place(r, item, step, prompts)
 
@@ -198,22 +241,32 @@ def cut_groups(r, windows, n_groups):
     Group 0 is the least relevant. Groups hold equal shares of the training tokens as far as ties allow: equal r, equal
     group. cuts: the lowest r of each group. An empty group is an InputError.
     """
-    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(r))  # how often each title is a target
+    times = np.bincount(
+        [w.items[w.stop] for w in windows], minlength=len(r)
+    )  # how often each title is a target
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
     mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
     if len(values) < n_groups:
-        raise InputError(f"--groups {n_groups}: {len(values)} different relevances leave groups empty; use fewer groups")
+        raise InputError(
+            f"--groups {n_groups}: {len(values)} different relevances leave groups empty; use fewer groups"
+        )
     size, large = mass.sum() / n_groups, mass < 0
-    while (mass[~large] > size).any():  # a tie that is too large for a group counts as a full one: the rest is cut evenly
+    while (
+        mass[~large] > size
+    ).any():  # a tie that is too large for a group counts as a full one: the rest is cut evenly
         large = mass > size
         size = mass[~large].sum() / (n_groups - large.sum())
     weight = np.minimum(mass, size)
-    middle = (np.cumsum(weight) - weight / 2) / weight.sum()  # where each value's tokens lie in the sorted order
+    middle = (
+        np.cumsum(weight) - weight / 2
+    ) / weight.sum()  # where each value's tokens lie in the sorted order
     place = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(place, weights=mass, minlength=n_groups) / mass.sum()
     if (shares == 0).any():
-        raise InputError(f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups")
+        raise InputError(
+            f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups"
+        )
     group = np.full(r.shape, -1)
     group[known] = place[index]
     return group, [float(values[place == g][0]) for g in range(n_groups)], shares.tolist()
@@ -221,11 +274,15 @@ def cut_groups(r, windows, n_groups):
 
 # ------------------------------------------------------------------------------------------------ one prompt, token by token
 
-PATH_STEPS = 128  # Gauss-Legendre points of the path; gap to completeness on toy: 3.98% at 64, 0.21% at 128
+PATH_STEPS = (
+    128  # Gauss-Legendre points of the path; gap to completeness on toy: 3.98% at 64, 0.21% at 128
+)
 CHUNK = 16  # prompts forwarded at once
 
 
-def token_attribution(model, tokenizer, prompts, window, method="gradient", steps=PATH_STEPS, device="cpu"):
+def token_attribution(
+    model, tokenizer, prompts, window, method="gradient", steps=PATH_STEPS, device="cpu"
+):
     """Attribution, in nats, of each target token of one prompt to each input token -> dict for the table and the page.
 
     'gradient': integrated gradients; all tokens but BOS move together from the mean embedding to their own, so a row of
@@ -254,20 +311,30 @@ def token_attribution(model, tokenizer, prompts, window, method="gradient", step
                 without[torch.arange(len(inputs)), inputs] -= delta[0, inputs]
                 values[:, inputs] = (own - log_prob(without)).T
         else:
-            points, weights = (torch.tensor(x / 2, dtype=E.dtype, device=device) for x in np.polynomial.legendre.leggauss(steps))
+            points, weights = (
+                torch.tensor(x / 2, dtype=E.dtype, device=device)
+                for x in np.polynomial.legendre.leggauss(steps)
+            )
             for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
                 embeds = (E - (1 - s)[:, None, None] * delta).detach().requires_grad_()  # (R, T, D)
                 with torch.enable_grad():
                     terms = (weight @ log_prob(embeds)).unbind()  # N scalars
                 for n in range(N):
-                    gradient, = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
+                    (gradient,) = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
                     values[n] += (gradient * delta).sum((0, 2))
             change = (own - log_prob(E - delta))[0]
             gap = float((values.sum(1) - change).abs().sum() / change.abs().sum())
     names = tokenizer.batch_decode([[token] for token in tree.ids.tolist()])
-    return {"tokens": names, "targets": tokenizer.batch_decode([[token] for token in tree.label.tolist()]),
-            "log_prob": own[0].tolist(), "values": values.tolist(), "spans": prompt_spans(prompts, window, tree),
-            "method": method, "steps": steps if method == "gradient" else None, "gap": gap}
+    return {
+        "tokens": names,
+        "targets": tokenizer.batch_decode([[token] for token in tree.label.tolist()]),
+        "log_prob": own[0].tolist(),
+        "values": values.tolist(),
+        "spans": prompt_spans(prompts, window, tree),
+        "method": method,
+        "steps": steps if method == "gradient" else None,
+        "gap": gap,
+    }
 
 
 def prompt_spans(prompts, window, tree):
@@ -279,9 +346,10 @@ def prompt_spans(prompts, window, tree):
         if length:
             spans.append({"name": name, "kind": kind, "start": at, "end": at + length})
         at += length
+
     span("BOS", "bos", len(prompts.bos))
     span("task", "template", len(prompts.task))
-    for item in window.items[window.start + tree.dropped:window.stop]:
+    for item in window.items[window.start + tree.dropped : window.stop]:
         span(item, "user", len(prompts.titles[item]) + len(prompts.separator))
     span("response marker", "template", len(prompts.marker))
     span("title prefix", "title", len(tree.ids) - at)
@@ -291,7 +359,7 @@ def prompt_spans(prompts, window, tree):
 def span_sums(record):
     """(spans, N + 1) sums of a record's values over each span; the last column is over all target tokens."""
     values = np.array(record["values"])  # (N, T)
-    sums = np.stack([values[:, s["start"]:s["end"]].sum(1) for s in record["spans"]])
+    sums = np.stack([values[:, s["start"] : s["end"]].sum(1) for s in record["spans"]])
     return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
 
 
@@ -316,22 +384,34 @@ details { margin: .4rem 0 1rem; } summary { color: #2f659f; cursor: pointer; fon
 .template, .bos { border-style: dashed; font-size: .84rem; color: #4a5159; } .scale { display: inline-block; width: 11rem; height: .7rem; border-radius: .2rem; margin: 0 .5rem; vertical-align: -.02rem; }
 @media (max-width: 40rem) { .row { grid-template-columns: 1fr; } body { margin-top: 1.5rem; } }
 """
-RAISES, LOWERS = (107, 174, 214), (253, 174, 107)  # blue and orange, told apart by all, and dark text stays readable on both
+RAISES, LOWERS = (
+    (107, 174, 214),
+    (253, 174, 107),
+)  # blue and orange, told apart by all, and dark text stays readable on both
 
 
 def format_table(header, rows):
     """Plain text table: the first column to the left, the rest to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[j]) for row in cells) for j in range(len(header))]
-    lines = ["  ".join(cell.rjust(w) if j else cell.ljust(w) for j, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in cells]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if j else cell.ljust(w) for j, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def html_page(title, *sections):
     """A self-contained page: no script, nothing fetched. sections: HTML made by the functions here, which escape all text."""
     title = html.escape(str(title))
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n" + "\n".join(sections) + "\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
+        + "\n".join(sections)
+        + "\n</body></html>\n"
+    )
 
 
 def html_text(text, kind="note"):
@@ -340,61 +420,106 @@ def html_text(text, kind="note"):
 
 def html_section(heading, *parts):
     name = html.escape(heading)
-    return f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>\n' + "\n".join(parts) + "\n</section>"
+    return (
+        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>\n'
+        + "\n".join(parts)
+        + "\n</section>"
+    )
 
 
 def html_links(headings):
     """Links to sections of the same page."""
     names = [html.escape(heading) for heading in headings]
-    return "<nav>" + "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name in names) + "</nav>"
+    return (
+        "<nav>"
+        + "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name in names)
+        + "</nav>"
+    )
 
 
 def html_table(header, rows):
     def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-    return ('<div class="scroll"><table><thead>' + line(header, "th") + "</thead>\n<tbody>"
-            + "\n".join(line(row, "td") for row in rows) + "</tbody></table></div>")
+        return (
+            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        )
+
+    return (
+        '<div class="scroll"><table><thead>'
+        + line(header, "th")
+        + "</thead>\n<tbody>"
+        + "\n".join(line(row, "td") for row in rows)
+        + "</tbody></table></div>"
+    )
 
 
 def html_details(summary, content, opened=False):
-    return f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
+    return (
+        f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
+    )
 
 
 def html_lists(columns, marked=()):
     """columns: [(heading, texts)] side by side as numbered lists, texts in `marked` highlighted."""
+
     def entry(text):
         text, mark = html.escape(text), text in marked
         return f"<li><mark>{text}</mark></li>" if mark else f"<li>{text}</li>"
-    return '<div class="lists">' + "".join(f"<div><h3>{html.escape(heading)}</h3><ol>{''.join(map(entry, texts))}</ol></div>"
-                                           for heading, texts in columns) + "</div>"
+
+    return (
+        '<div class="lists">'
+        + "".join(
+            f"<div><h3>{html.escape(heading)}</h3><ol>{''.join(map(entry, texts))}</ol></div>"
+            for heading, texts in columns
+        )
+        + "</div>"
+    )
 
 
 def shade(value, largest):
     """Zero-centred colour: white at 0, blue for what raises the token's probability, orange for what lowers it."""
     strength = min(1.0, abs(value) / largest) if largest else 0.0
-    return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in (RAISES if value > 0 else LOWERS)))
+    return "rgb({},{},{})".format(
+        *(round(255 + (c - 255) * strength) for c in (RAISES if value > 0 else LOWERS))
+    )
 
 
 def html_heatmap(record):
     """A token_attribution record as HTML: a row per target token, its prompt shaded, spans boxed with their sums."""
     values, sums, rows = np.array(record["values"]), span_sums(record), []
-    largest = float(np.quantile(np.abs(values), 0.98))  # one marker token may outweigh all others: it may saturate
+    largest = float(
+        np.quantile(np.abs(values), 0.98)
+    )  # one marker token may outweigh all others: it may saturate
     for n, (target, log_prob) in enumerate(zip(record["targets"], record["log_prob"])):
         parts = []
         for i, s in enumerate(record["spans"]):
-            tokens = "".join(f'<span style="background:{shade(values[n, t], largest)}" title="{values[n, t]:+.4f} nats">'
-                             f'{html.escape(record["tokens"][t]).replace(chr(10), "&#8629;")}</span>' for t in range(s["start"], s["end"]))
-            parts.append(f'<span class="part {html.escape(s["kind"])}" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.4f} nats">{tokens}'
-                         f'<small style="background:{shade(sums[i, n], 2 * largest)}">{sums[i, n]:+.2f}</small></span>')
-        rows.append(f'<div class="row"><div><b>{html.escape(target)}</b><br><small>log p {log_prob:.2f}</small></div><div>{" ".join(parts)}</div></div>')
-    gap = "" if record["gap"] is None else f", gap to completeness {record['gap']:.2%} at {record['steps']} points"
+            tokens = "".join(
+                f'<span style="background:{shade(values[n, t], largest)}" title="{values[n, t]:+.4f} nats">'
+                f"{html.escape(record['tokens'][t]).replace(chr(10), '&#8629;')}</span>"
+                for t in range(s["start"], s["end"])
+            )
+            parts.append(
+                f'<span class="part {html.escape(s["kind"])}" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.4f} nats">{tokens}'
+                f'<small style="background:{shade(sums[i, n], 2 * largest)}">{sums[i, n]:+.2f}</small></span>'
+            )
+        rows.append(
+            f'<div class="row"><div><b>{html.escape(target)}</b><br><small>log p {log_prob:.2f}</small></div><div>{" ".join(parts)}</div></div>'
+        )
+    gap = (
+        ""
+        if record["gap"] is None
+        else f", gap to completeness {record['gap']:.2%} at {record['steps']} points"
+    )
     colours = f"{shade(-1, 1)}, #fff, {shade(1, 1)}"
-    return (f'<p class="note">Attribution by {html.escape(record["method"])}{gap}: a row for each target token. A box is a part of the prompt with '
-            f"its sum in nats; hover for figures.</p><p class=\"note\">lowers its probability, {-largest:.2f}<span class=\"scale\" "
-            f'style="background:linear-gradient(90deg, {colours})"></span>{largest:+.2f} nats a token, raises it</p>' + "\n".join(rows))
+    return (
+        f'<p class="note">Attribution by {html.escape(record["method"])}{gap}: a row for each target token. A box is a part of the prompt with '
+        f'its sum in nats; hover for figures.</p><p class="note">lowers its probability, {-largest:.2f}<span class="scale" '
+        f'style="background:linear-gradient(90deg, {colours})"></span>{largest:+.2f} nats a token, raises it</p>'
+        + "\n".join(rows)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the command
+
 
 def name_items(record, titles):
     """Give the history spans their titles."""
@@ -408,27 +533,45 @@ def choose_window(dataset, user=None, title=None):
     """The user's last test window (default: the first test user's), its target replaced by `title` where given."""
     windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
     if not windows:
-        raise InputError(f"--user {user}: no test window of this user; users are such as {', '.join(dataset.users[:5])}")
+        raise InputError(
+            f"--user {user}: no test window of this user; users are such as {', '.join(dataset.users[:5])}"
+        )
     window = windows[0] if user is None else windows[-1]
     if title is None:
         return window
     if title not in dataset.titles:
         near = [t for t in dataset.titles if title.lower() in t.lower()][:5]
-        raise InputError(f"--title {title}: not in the catalogue" + (f"; did you mean {' | '.join(near)}?" if near else ""))
-    return window._replace(items=window.items[:window.stop] + (dataset.titles.index(title),))
+        raise InputError(
+            f"--title {title}: not in the catalogue"
+            + (f"; did you mean {' | '.join(near)}?" if near else "")
+        )
+    return window._replace(items=window.items[: window.stop] + (dataset.titles.index(title),))
 
 
 def parser():
-    p = argparse.ArgumentParser(description="Attribution of a title's tokens to each token of one user's prompt.")
+    p = argparse.ArgumentParser(
+        description="Attribution of a title's tokens to each token of one user's prompt."
+    )
     p.add_argument("run", help="a loss's folder in a run, such as runs/ml-100k-tiny-seed0/gdrt")
     p.add_argument("--user", help="id of a test user as in the data (default: the first)")
     p.add_argument("--title", help="title to explain (default: what the user chose)")
-    p.add_argument("--method", choices=("gradient", "ablation"), default="gradient", help="integrated gradients, or one token at a time "
-                   "replaced by the mean embedding")
-    p.add_argument("--steps", type=int, default=PATH_STEPS, help=f"points of the gradient's path (default: {PATH_STEPS})")
+    p.add_argument(
+        "--method",
+        choices=("gradient", "ablation"),
+        default="gradient",
+        help="integrated gradients, or one token at a time replaced by the mean embedding",
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=PATH_STEPS,
+        help=f"points of the gradient's path (default: {PATH_STEPS})",
+    )
     p.add_argument("--html", metavar="FILE", help="write a page with the tokens shaded")
     p.add_argument("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
-    p.add_argument("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
+    p.add_argument(
+        "--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py"
+    )
     return p
 
 
@@ -439,18 +582,33 @@ def main(argv=None):
         raise InputError(f"--steps {args.steps}: one point or more is needed")
     _, dataset, model, tokenizer, prompts = load_run(args.run, args.cache, args.data_dir)
     window = choose_window(dataset, args.user, args.title)
-    record = name_items(token_attribution(model, tokenizer, prompts, window, args.method, args.steps), dataset.titles)
+    record = name_items(
+        token_attribution(model, tokenizer, prompts, window, args.method, args.steps),
+        dataset.titles,
+    )
     sums, whole = span_sums(record), [s["kind"] for s in record["spans"]]
     rows = [(s["name"], *(f"{x:+.2f}" for x in row)) for s, row in zip(record["spans"], sums)]
     for name, kinds in (("auxiliary", ("template", "title")), ("user", ("user",))):
-        rows.append((f"= {name}", *(f"{x:+.2f}" for x in sums[[kind in kinds for kind in whole]].sum(0))))
-    rows.append(("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}"))
-    print(f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: attribution by {args.method} in nats")
-    print(format_table(("part of the prompt", *(t.strip() or repr(t) for t in record["targets"]), "all"), rows))
+        rows.append(
+            (f"= {name}", *(f"{x:+.2f}" for x in sums[[kind in kinds for kind in whole]].sum(0)))
+        )
+    rows.append(
+        ("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}")
+    )
+    print(
+        f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: attribution by {args.method} in nats"
+    )
+    print(
+        format_table(
+            ("part of the prompt", *(t.strip() or repr(t) for t in record["targets"]), "all"), rows
+        )
+    )
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
     if args.html:
-        title = f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
+        title = (
+            f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
+        )
         write_atomic(args.html, html_page(title, html_heatmap(record)))
         print(f"page: {args.html}")
 

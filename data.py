@@ -11,6 +11,7 @@ Read first `Window` and `Dataset`, which every other file works on, then `load_d
 
 No MovieLens data here: its licence forbids redistribution, so `fetch_movielens` gets it where it is published.
 """
+
 import contextlib
 import csv
 import hashlib
@@ -43,13 +44,27 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-MIN_POSITIVES = 5  # users with fewer are dropped: leave-one-out could not train, validate and test on them
-MIN_HISTORY = 3  # targets with fewer positives before them are no windows: there is no taste to infer yet
-DOMAINS = {"movies": ("movies", "watched"), "book": ("books", "read"), "office": ("office products", "used"),
-           "items": ("items", "chosen")}  # prompt words; a folder whose name holds the key gets them, else items
+MIN_POSITIVES = (
+    5  # users with fewer are dropped: leave-one-out could not train, validate and test on them
+)
+MIN_HISTORY = (
+    3  # targets with fewer positives before them are no windows: there is no taste to infer yet
+)
+DOMAINS = {
+    "movies": ("movies", "watched"),
+    "book": ("books", "read"),
+    "office": ("office products", "used"),
+    "items": ("items", "chosen"),
+}  # prompt words; a folder whose name holds the key gets them, else items
 
 
 class InputError(Exception):
@@ -63,6 +78,7 @@ def cache_folder(cache=None):
 
 class Window(NamedTuple):
     """One prediction, a view of a user's positives: history items[start:stop], target items[stop], seen items[:stop]."""
+
     user: int
     items: tuple  # oldest first, one tuple shared by the windows of a user
     start: int
@@ -95,7 +111,9 @@ def write_atomic(path, content):
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content.encode() if isinstance(content, str) else content)
+            content(file) if callable(content) else file.write(
+                content.encode() if isinstance(content, str) else content
+            )
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -106,7 +124,9 @@ def write_atomic(path, content):
 # ------------------------------------------------------------------------------------------------ titles
 
 ARTICLES = "The|An?|Il|Lo|La|Les?|L'|El|Los|Las|Une?|Der|Die|Das|Det|Den|Het|O"
-LAST_ARTICLE = re.compile(rf"(^|\()([^()]+), ({ARTICLES})(?= *(?:\(|\)|$))")  # before a bracket or the end
+LAST_ARTICLE = re.compile(
+    rf"(^|\()([^()]+), ({ARTICLES})(?= *(?:\(|\)|$))"
+)  # before a bracket or the end
 
 
 def squeeze(text):
@@ -138,12 +158,16 @@ def merge_titles(names, genres, movie=False):
             items[title] = len(items)
             kinds.append(genres.get(identity, ()))
         index[identity] = items[title]
-    facts = {"items": len(items), "ids merged with another of the same title": len(names) - len(items),
-             "items without title, named Untitled ID": untitled}
+    facts = {
+        "items": len(items),
+        "ids merged with another of the same title": len(names) - len(items),
+        "items without title, named Untitled ID": untitled,
+    }
     return list(items), kinds, index, facts
 
 
 # ------------------------------------------------------------------------------------------------ parsers
+
 
 class Table(NamedTuple):
     titles: dict  # item id -> title
@@ -151,11 +175,17 @@ class Table(NamedTuple):
     ratings: list  # (user id, item id, rating, seconds)
 
 
-FLAGS = ("unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
-         "Musical Mystery Romance Sci-Fi Thriller War Western").split()
+FLAGS = (
+    "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy Film-Noir Horror "
+    "Musical Mystery Romance Sci-Fi Thriller War Western"
+).split()
 RATING = ["user_id", "item_id", "rating", "timestamp"]
-FORMATS = {"u.data": ("\t", RATING), "u.item": ("|", ["item_id", "title", "release", "video", "url", *FLAGS]),
-           "ratings.dat": ("::", RATING), "movies.dat": ("::", ["item_id", "title", "genres"])}  # separator, fields
+FORMATS = {
+    "u.data": ("\t", RATING),
+    "u.item": ("|", ["item_id", "title", "release", "video", "url", *FLAGS]),
+    "ratings.dat": ("::", RATING),
+    "movies.dat": ("::", ["item_id", "title", "genres"]),
+}  # separator, fields
 CSV = "train.csv", "test.csv", "id2name4Rec.json"  # as MSL, BEAR and BIGRec write them
 
 
@@ -163,7 +193,9 @@ def decode(data):
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("latin-1")  # as GroupLens writes; an accented latin-1 title is not valid UTF-8
+        return data.decode(
+            "latin-1"
+        )  # as GroupLens writes; an accented latin-1 title is not valid UTF-8
 
 
 def number(text, place):
@@ -184,28 +216,46 @@ def records(data, name, needed):
         if fields is None:
             fields = [value.split(":")[0] for value in values]
             if not set(needed) <= set(fields):
-                raise InputError(f"{place}: should name the fields {', '.join(needed)}, separated by tabs")
+                raise InputError(
+                    f"{place}: should name the fields {', '.join(needed)}, separated by tabs"
+                )
         elif len(values) == len(fields):
             yield place, dict(zip(fields, values))
         elif values != [""]:
-            raise InputError(f"{place}: {len(values)} fields instead of {len(fields)}; fetch the file again")
+            raise InputError(
+                f"{place}: {len(values)} fields instead of {len(fields)}; fetch the file again"
+            )
 
 
 def parse_ratings(data, name):
     """u.data, ratings.dat or .inter -> [(user id, item id, rating, seconds)]; without ratings, all are positive."""
-    return [(row["user_id"], row["item_id"], number(row.get("rating", "1e9"), place), number(row["timestamp"], place))
-            for place, row in records(data, name, ("user_id", "item_id", "timestamp"))]
+    return [
+        (
+            row["user_id"],
+            row["item_id"],
+            number(row.get("rating", "1e9"), place),
+            number(row["timestamp"], place),
+        )
+        for place, row in records(data, name, ("user_id", "item_id", "timestamp"))
+    ]
 
 
 def parse_items(data, name):
     """u.item, movies.dat or .item -> (titles, genres), dicts by id. RecBole has the year apart and misspells 'unknown'."""
     titles, genres = {}, {}
     for _, row in records(data, name, ("item_id",)):
-        title = next((row[field] for field in ("movie_title", "title", "item_name", "name") if field in row), "")
-        kinds = next((row[field] for field in ("class", "genre", "genres", "categories") if field in row), "")
+        title = next(
+            (row[field] for field in ("movie_title", "title", "item_name", "name") if field in row),
+            "",
+        )
+        kinds = next(
+            (row[field] for field in ("class", "genre", "genres", "categories") if field in row), ""
+        )
         year = f" ({row['release_year']})" if row.get("release_year") else ""
         titles[row["item_id"]] = "unknown" if title == "unkonwn" else title + year
-        listed = re.split(r"[|,]" if re.search(r"[|,]", kinds) else " ", kinds) + [flag for flag in FLAGS if row.get(flag) == "1"]
+        listed = re.split(r"[|,]" if re.search(r"[|,]", kinds) else " ", kinds) + [
+            flag for flag in FLAGS if row.get(flag) == "1"
+        ]
         genres[row["item_id"]] = tuple(kind.strip(" '") for kind in listed if kind.strip(" '"))
     return titles, genres
 
@@ -230,10 +280,20 @@ def parse_windows(data, name):
             if not all(row.get(field) for field in ("user_id", "item_ids", "timestamp")):
                 raise InputError(f"{place}: user_id, item_ids or timestamp is missing")
             if not re.fullmatch(r"\[ *\d+( *, *\d+)+ *\]", row["item_ids"]):
-                raise InputError(f"{place}: item_ids should be a list of two ids or more, such as [3, 14, 15]")
-            found.append((number(row["timestamp"], place), row["user_id"], re.findall(r"\d+", row["item_ids"])))
+                raise InputError(
+                    f"{place}: item_ids should be a list of two ids or more, such as [3, 14, 15]"
+                )
+            found.append(
+                (
+                    number(row["timestamp"], place),
+                    row["user_id"],
+                    re.findall(r"\d+", row["item_ids"]),
+                )
+            )
     except csv.Error as error:
-        raise InputError(f"{name}:{reader.line_num}: not CSV ({error}); fetch the file again") from None
+        raise InputError(
+            f"{name}:{reader.line_num}: not CSV ({error}); fetch the file again"
+        ) from None
     return found
 
 
@@ -242,12 +302,28 @@ def parse_windows(data, name):
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/{}.zip"
 RECBOLE_WHEEL = "recbole==1.2.1"  # carries ml-100k; downloaded, never installed
 PUBLISHED = {  # users, items, ratings, sha256 of the sorted ratings (where known), sha256 of the archives that hold them
-    "ml-100k": (943, 1682, 100_000, "1bf3c16a2b507c5f3e66a9db4d017a712c07e6cee2fcc1f3e59d66a5ffbcc552", (
-        "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
-        "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407")),
-    "ml-1m": (6040, 3883, 1_000_209, None, ("a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",))}
+    "ml-100k": (
+        943,
+        1682,
+        100_000,
+        "1bf3c16a2b507c5f3e66a9db4d017a712c07e6cee2fcc1f3e59d66a5ffbcc552",
+        (
+            "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+            "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+        ),
+    ),
+    "ml-1m": (
+        6040,
+        3883,
+        1_000_209,
+        None,
+        ("a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",),
+    ),
+}
 SILENCE, DEADLINE = 20, 180  # seconds that a source may be silent, and take in all
-LARGEST = 1 << 28  # bytes that we are ready to read; the largest file here, ml-1m's ratings, has 25 million
+LARGEST = (
+    1 << 28
+)  # bytes that we are ready to read; the largest file here, ml-1m's ratings, has 25 million
 
 
 def read_files(source, names):
@@ -256,8 +332,12 @@ def read_files(source, names):
         return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     try:
         with zipfile.ZipFile(source) as archive:
-            found = {name: info for info in archive.infolist() for name in names
-                     if f"/{info.filename}".endswith(f"/{name}") and info.file_size < LARGEST}
+            found = {
+                name: info
+                for info in archive.infolist()
+                for name in names
+                if f"/{info.filename}".endswith(f"/{name}") and info.file_size < LARGEST
+            }
             return {name: archive.read(info) for name, info in found.items()}
     except Exception as error:  # a damaged archive raises half a dozen kinds
         raise InputError(f"not a whole zip archive ({error})") from None
@@ -270,15 +350,22 @@ def read_table(source, stem):
     for ratings, items in pairs:
         if ratings in files and items in files:
             return Table(*parse_items(files[items], items), parse_ratings(files[ratings], ratings))
-    raise InputError("holds no " + " and no ".join(f"{ratings} with {items}" for ratings, items in pairs))
+    raise InputError(
+        "holds no " + " and no ".join(f"{ratings} with {items}" for ratings, items in pairs)
+    )
 
 
 def check_published(name, table):
     """The table itself if it has the published counts and ratings, in whatever order of lines."""
     found = len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)
     if found != PUBLISHED[name][:3]:
-        raise InputError("{} users, {} items, {} ratings instead of {}, {}, {}".format(*found, *PUBLISHED[name]))
-    if PUBLISHED[name][3] not in (None, hashlib.sha256(json.dumps(sorted(table.ratings)).encode()).hexdigest()):
+        raise InputError(
+            "{} users, {} items, {} ratings instead of {}, {}, {}".format(*found, *PUBLISHED[name])
+        )
+    if PUBLISHED[name][3] not in (
+        None,
+        hashlib.sha256(json.dumps(sorted(table.ratings)).encode()).hexdigest(),
+    ):
         raise InputError("has the right counts but not the published ratings")
     return table
 
@@ -297,7 +384,17 @@ def download(name):
 def download_wheel(wheel):
     """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the user's index and proxy."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", wheel, "--no-deps", "--only-binary=:all:", "--dest", folder]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            wheel,
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
         wheels = [path.read_bytes() for path in Path(folder).glob("*.whl")]
     if not wheels:
@@ -314,7 +411,9 @@ def fetch_movielens(name, data_dir=None, cache=None):
         try:
             return check_published(name, read_table(source, name))
         except (InputError, OSError) as error:
-            raise InputError(f"--data-dir {source}: {error}; give the folder or zip from grouplens.org") from None
+            raise InputError(
+                f"--data-dir {source}: {error}; give the folder or zip from grouplens.org"
+            ) from None
     kept = cache_folder(cache) / f"{name}.zip"
     sources = {str(kept): lambda _: kept.read_bytes()} if kept.exists() else {}
     sources |= {GROUPLENS.format(name): download}
@@ -325,13 +424,22 @@ def fetch_movielens(name, data_dir=None, cache=None):
             say(f"{name}: reading {source}")
             data = fetch(name)
             if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][4]:
-                raise InputError(f"{len(data)} bytes that are not the published archive (sha256 differs)")
+                raise InputError(
+                    f"{len(data)} bytes that are not the published archive (sha256 differs)"
+                )
             table = check_published(name, read_table(io.BytesIO(data), name))
             break
-        except (InputError, OSError, http.client.HTTPException, subprocess.SubprocessError) as error:
+        except (
+            InputError,
+            OSError,
+            http.client.HTTPException,
+            subprocess.SubprocessError,
+        ) as error:
             say(f"{name}: left {source}: {squeeze(str(error))[:200] or type(error).__name__}")
     else:
-        raise InputError(f"no source answers; download {name}.zip from grouplens.org, then pass --data-dir {name}.zip")
+        raise InputError(
+            f"no source answers; download {name}.zip from grouplens.org, then pass --data-dir {name}.zip"
+        )
     if source != str(kept):
         try:
             write_atomic(kept, data)
@@ -342,8 +450,17 @@ def fetch_movielens(name, data_dir=None, cache=None):
 
 # ------------------------------------------------------------------------------------------------ toy
 
-TASTES = {"Sci-Fi": "Voyage", "Western": "Trail", "Romance": "Letters", "Horror": "Cellar", "Comedy": "Wedding",
-          "Crime": "Heist", "War": "Bridge", "Musical": "Song", "Popular": "Parade"}
+TASTES = {
+    "Sci-Fi": "Voyage",
+    "Western": "Trail",
+    "Romance": "Letters",
+    "Horror": "Cellar",
+    "Comedy": "Wedding",
+    "Crime": "Heist",
+    "War": "Bridge",
+    "Musical": "Song",
+    "Popular": "Parade",
+}
 
 
 def toy_table(seed, users=200):
@@ -364,7 +481,10 @@ def toy_table(seed, users=200):
     words = {}  # keeps its order, as a set would not
     while len(words) < len(kinds):
         words["".join(random.choice(syllables, 3)).capitalize()] = None
-    titles = {str(i): f"{word} {TASTES[kind]} ({random.integers(1950, 2000)})" for i, (word, kind) in enumerate(zip(words, kinds))}
+    titles = {
+        str(i): f"{word} {TASTES[kind]} ({random.integers(1950, 2000)})"
+        for i, (word, kind) in enumerate(zip(words, kinds))
+    }
     ratings, tastes = [], {}
     for user in map(str, range(users)):
         tastes[user] = random.choice(list(TASTES)[:8], 2, replace=False).tolist()
@@ -372,11 +492,15 @@ def toy_table(seed, users=200):
         films = random.choice(len(kinds), random.integers(12, 25), replace=False, p=chance)
         moments = random.integers(10**6) + random.integers(1, 20_000, len(films)).cumsum()
         ratings += [(user, str(film), 4.0, float(moment)) for film, moment in zip(films, moments)]
-    planted = {"words": [["bias" if kind == "Popular" else "taste", "bias", "bias"] for kind in kinds], "tastes": tastes}
+    planted = {
+        "words": [["bias" if kind == "Popular" else "taste", "bias", "bias"] for kind in kinds],
+        "tastes": tastes,
+    }
     return Table(titles, {str(i): (str(kind),) for i, kind in enumerate(kinds)}, ratings), planted
 
 
 # ------------------------------------------------------------------------------------------------ windows
+
 
 def order_positives(ratings, index, min_rating, seed):
     """{user id: [(seconds, item)]} oldest first; each item once, at its first time.
@@ -401,11 +525,17 @@ def split_windows(positives, split, history):
     """positives: a list of (seconds, item) for each user -> [train, valid, test], lists of Window."""
     parts = [], [], []
     moments = sorted(moment for sequence in positives for moment, _ in sequence[MIN_HISTORY:])
-    cuts = [moments[len(moments) * tenths // 10] for tenths in (8, 9)]  # equal times fall on the same side
+    cuts = [
+        moments[len(moments) * tenths // 10] for tenths in (8, 9)
+    ]  # equal times fall on the same side
     for user, sequence in enumerate(positives):
         items = tuple(item for _, item in sequence)
         for t in range(MIN_HISTORY, len(items)):
-            late = sum(sequence[t][0] >= cut for cut in cuts) if split == "time" else max(0, t + 3 - len(items))
+            late = (
+                sum(sequence[t][0] >= cut for cut in cuts)
+                if split == "time"
+                else max(0, t + 3 - len(items))
+            )
             parts[late].append(Window(user, items, max(0, (t // history - 1) * history), t))
     return parts
 
@@ -414,33 +544,63 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
     names = {item: "" for _, item, _, _ in table.ratings} | table.titles
     titles, genres, index, facts = merge_titles(names, table.genres, domain_of(name) == "movies")
     everyone = order_positives(table.ratings, index, min_rating, seed)
-    users = {user: sequence for user, sequence in everyone.items() if len(sequence) >= MIN_POSITIVES}
+    users = {
+        user: sequence for user, sequence in everyone.items() if len(sequence) >= MIN_POSITIVES
+    }
     if not users:
-        raise InputError(f"no user has {MIN_POSITIVES} ratings of {min_rating:g} or more; lower --min-rating")
+        raise InputError(
+            f"no user has {MIN_POSITIVES} ratings of {min_rating:g} or more; lower --min-rating"
+        )
     ties = [[a[0] == b[0] for a, b in zip(sequence, sequence[1:])] for sequence in users.values()]
-    facts |= {"ratings": len(table.ratings), "positives": sum(map(len, everyone.values())), "users": len(users),
-              f"users dropped, under {MIN_POSITIVES} positives": len({row[0] for row in table.ratings}) - len(users),
-              f"targets dropped, under {MIN_HISTORY} positives before them": MIN_HISTORY * len(users),
-              "positives at the time of the one before": round(sum(map(sum, ties)) / sum(map(len, ties)), 4),
-              "users whose last positive is tied": round(sum(tie[-1] for tie in ties) / len(ties), 4), "split": split}
-    return finish(name, titles, genres, list(users), split_windows(users.values(), split, history), facts, planted)
+    facts |= {
+        "ratings": len(table.ratings),
+        "positives": sum(map(len, everyone.values())),
+        "users": len(users),
+        f"users dropped, under {MIN_POSITIVES} positives": len({row[0] for row in table.ratings})
+        - len(users),
+        f"targets dropped, under {MIN_HISTORY} positives before them": MIN_HISTORY * len(users),
+        "positives at the time of the one before": round(
+            sum(map(sum, ties)) / sum(map(len, ties)), 4
+        ),
+        "users whose last positive is tied": round(sum(tie[-1] for tie in ties) / len(ties), 4),
+        "split": split,
+    }
+    return finish(
+        name,
+        titles,
+        genres,
+        list(users),
+        split_windows(users.values(), split, history),
+        facts,
+        planted,
+    )
 
 
 def from_csv(name, files):
     """Windows as they stand in train.csv and test.csv; the latest tenth of train.csv validates, equal times together."""
     train, test = (parse_windows(files[file], file) for file in CSV[:2])
-    names = {item: "" for _, _, items in train + test for item in items} | parse_names(files[CSV[2]], CSV[2])
+    names = {item: "" for _, _, items in train + test for item in items} | parse_names(
+        files[CSV[2]], CSV[2]
+    )
     titles, genres, index, facts = merge_titles(names, {})
-    users = {user: i for i, user in enumerate(sorted({user for _, user, _ in train + test}, key=natural))}
+    users = {
+        user: i for i, user in enumerate(sorted({user for _, user, _ in train + test}, key=natural))
+    }
     moments = sorted(row[0] for row in train)
     cut = moments[len(moments) * 9 // 10] if moments else 0
     parts = []
-    for part in [row for row in train if row[0] < cut], [row for row in train if row[0] >= cut], test:
+    for part in (
+        [row for row in train if row[0] < cut],
+        [row for row in train if row[0] >= cut],
+        test,
+    ):
         windows, last = [], Window(-1, (), 0, 0)
         for _, user, ids in sorted(part, key=lambda row: (users[row[1]], row[0]))[::-1]:
             items = tuple(index[item] for item in ids)
-            if last.user == users[user] and last.items[:len(items)] == items:
-                items = last.items  # the user's next window extends this one: they share a tuple, and so a tree
+            if last.user == users[user] and last.items[: len(items)] == items:
+                items = (
+                    last.items
+                )  # the user's next window extends this one: they share a tuple, and so a tree
             last = Window(users[user], items, 0, len(ids) - 1)
             windows.append(last)
         parts.append(windows[::-1])
@@ -453,24 +613,36 @@ def finish(name, titles, genres, users, parts, facts, planted=None):
     digest, last = hashlib.sha256(json.dumps([titles, genres]).encode()), None
     for split, windows in zip(("train", "valid", "test"), parts):
         if not windows:
-            raise InputError(f"no window is left to {split} on; it takes more users, more ratings or another --split")
+            raise InputError(
+                f"no window is left to {split} on; it takes more users, more ratings or another --split"
+            )
         facts[f"{split} windows"] = len(windows)
-        facts[f"{split} windows a user"] = round(len(windows) / len({window.user for window in windows}), 2)
+        facts[f"{split} windows a user"] = round(
+            len(windows) / len({window.user for window in windows}), 2
+        )
         for user, items, start, stop in windows:
             digest.update(repr((user, items if items is not last else "", start, stop)).encode())
             last = items
-    known = {item for window in parts[0] for item in window.items[window.start:window.stop + 1]}
+    known = {item for window in parts[0] for item in window.items[window.start : window.stop + 1]}
     facts["test targets never in training"] = sum(w.items[w.stop] not in known for w in parts[2])
-    facts["test targets already seen"] = sum(w.items[w.stop] in w.items[:w.stop] for w in parts[2])
-    return Dataset(name, domain_of(name), titles, genres, users, *parts, facts, planted, digest.hexdigest())
+    facts["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in parts[2])
+    return Dataset(
+        name, domain_of(name), titles, genres, users, *parts, facts, planted, digest.hexdigest()
+    )
 
 
 def domain_of(name):
     name = name.lower().replace("ml-", "movies ")
-    return "movies" if name == "toy" else next((key for key in DOMAINS if key.rstrip("s") in name), "items")
+    return (
+        "movies"
+        if name == "toy"
+        else next((key for key in DOMAINS if key.rstrip("s") in name), "items")
+    )
 
 
-def load_dataset(name, data_dir=None, cache=None, split="leave-one-out", history=10, min_rating=4.0, seed=0):
+def load_dataset(
+    name, data_dir=None, cache=None, split="leave-one-out", history=10, min_rating=4.0, seed=0
+):
     """Dataset 'toy', 'ml-100k', 'ml-1m' or a folder (RecBole, CSV or GroupLens files). Anything wrong is an InputError.
 
     data_dir: folder or zip with MovieLens, instead of fetching it. cache: folder that keeps what was fetched.
@@ -513,24 +685,41 @@ def task_text(dataset):
 
 def tiny_tokenizer(dataset):
     """Byte-level BPE over the titles and the template, words split before their space: '"Toy', ' Story', ' (1995)"'."""
-    texts = [f'"{title}"' for title in dataset.titles] + [task_text(dataset), MARKER] * 200  # each of its words: one token
-    words = Sequence([Split(Regex(r" ?[^ ]+| +"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    texts = [f'"{title}"' for title in dataset.titles] + [
+        task_text(dataset),
+        MARKER,
+    ] * 200  # each of its words: one token
+    words = Sequence(
+        [
+            Split(Regex(r" ?[^ ]+| +"), "isolated"),
+            ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = words, ByteLevelDecoder()
-    trainer = BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<bos>", "<eos>"], show_progress=False,
-                         initial_alphabet=ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<bos>", "<eos>"],
+        show_progress=False,
+        initial_alphabet=ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
 
 
 class Trie(NamedTuple):
     """The legal titles as a token tree. Node 0 is the root; children of one node are neighbours in `child`."""
+
     parent: np.ndarray  # (M,) node -> parent node, the root's is itself
     token: np.ndarray  # (M,) node -> the token that leads to it
     item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 inside
     first: np.ndarray  # (M + 1,) children of node m are child[first[m]:first[m + 1]]
     child: np.ndarray  # (M - 1,)
-    path: np.ndarray  # (items, L) node reached after j tokens of the title (0: the root), -1 beyond its end
+    path: (
+        np.ndarray
+    )  # (items, L) node reached after j tokens of the title (0: the root), -1 beyond its end
 
 
 def build_trie(sequences):
@@ -545,7 +734,9 @@ def build_trie(sequences):
                 parent.append(node), token.append(t), item.append(-1), children.append({})
             node = path[i, j + 1] = children[node][t]
         if item[node] >= 0:
-            raise InputError(f"items {item[node]} and {i} have the same title tokens; merge them or make their titles differ")
+            raise InputError(
+                f"items {item[node]} and {i} have the same title tokens; merge them or make their titles differ"
+            )
         item[node] = i
     first = np.cumsum([0] + [len(c) for c in children])
     child = np.array([node for c in children for node in c.values()], dtype=np.int64)
@@ -554,8 +745,10 @@ def build_trie(sequences):
 
 # ------------------------------------------------------------------------------------------------ prompts and trees
 
+
 class Prompts(NamedTuple):
     """Every piece a prompt is made of, as token ids encoded once and on their own, so that pieces meet without re-merging."""
+
     bos: list  # [] where the tokeniser has no BOS
     task: list
     separator: list
@@ -564,29 +757,49 @@ class Prompts(NamedTuple):
     eos: int
     longest: int  # positions the model has
     trie: Trie
-    alone: bool = False  # the model follows no mask: every prompt is a tree of its own, see `fit_prompts`
+    alone: bool = (
+        False  # the model follows no mask: every prompt is a tree of its own, see `fit_prompts`
+    )
 
 
 def make_prompts(dataset, tokenizer, longest):
     """Encode the pieces of `dataset`'s prompts. `longest`: the model's number of positions."""
+
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
+
     if tokenizer.eos_token_id is None:
-        raise InputError("--model: its tokeniser has no EOS token, which ends a title; choose another model")
+        raise InputError(
+            "--model: its tokeniser has no EOS token, which ends a title; choose another model"
+        )
     titles, eos = [encode(f'"{title}"') for title in dataset.titles], tokenizer.eos_token_id
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     task, separator, marker = encode(task_text(dataset)), encode(SEPARATOR), encode(MARKER)
     needed = len(bos + task + marker) + max(map(len, titles))
     if needed > longest:
-        raise InputError(f"--model: its {longest} positions are too few for the template and the longest title, {needed} tokens; choose another model")
-    return Prompts(bos, task, separator, marker, titles, eos, longest, build_trie([title + [eos] for title in titles]))
+        raise InputError(
+            f"--model: its {longest} positions are too few for the template and the longest title, {needed} tokens; choose another model"
+        )
+    return Prompts(
+        bos,
+        task,
+        separator,
+        marker,
+        titles,
+        eos,
+        longest,
+        build_trie([title + [eos] for title in titles]),
+    )
 
 
-PAD, BOS, TEMPLATE, USER, TITLE = range(5)  # segments; auxiliary tokens are TEMPLATE (task, marker) and TITLE (prefix)
+PAD, BOS, TEMPLATE, USER, TITLE = range(
+    5
+)  # segments; auxiliary tokens are TEMPLATE (task, marker) and TITLE (prefix)
 
 
 class Tree(NamedTuple):
     """Prompts that share a trunk: one node a token, a parent before its children. The targets are read off `source` nodes."""
+
     ids: np.ndarray  # (T,) token
     parent: np.ndarray  # (T,) the node before it in its prompt; the first node is its own parent
     position: np.ndarray  # (T,) depth, which is its position in the separate prompt
@@ -616,7 +829,9 @@ def build_tree(prompts, windows, index, targets=True):
         return after
 
     items, start, stop = windows[0].items, windows[0].start, max(w.stop for w in windows)
-    fixed = len(prompts.bos) + len(prompts.task) + len(prompts.marker) + max(map(len, prompts.titles))
+    fixed = (
+        len(prompts.bos) + len(prompts.task) + len(prompts.marker) + max(map(len, prompts.titles))
+    )
     lengths = [len(prompts.titles[i]) + len(prompts.separator) for i in items[start:stop]]
     dropped = 0
     while dropped < len(lengths) and fixed + sum(lengths[dropped:]) > prompts.longest:
@@ -633,17 +848,29 @@ def build_tree(prompts, windows, index, targets=True):
         target = window.items[window.stop]
         tokens = prompts.titles[target] + [prompts.eos] if targets else [prompts.eos]
         for j, token in enumerate(tokens):
-            source.append(node), label.append(token), item.append(target), step.append(j), number.append(i)
+            (
+                source.append(node),
+                label.append(token),
+                item.append(target),
+                step.append(j),
+                number.append(i),
+            )
             if j + 1 < len(tokens):
                 node = add([token], TITLE, node)
-    return Tree(*map(np.array, (ids, parent, position, segment, source, label, item, step, number)), dropped)
+    return Tree(
+        *map(np.array, (ids, parent, position, segment, source, label, item, step, number)), dropped
+    )
 
 
 def by_trunk(windows):
     """Indices of windows in groups that can share a tree: neighbours in the list with the same items and start."""
     groups, last = [], None
     for i, window in enumerate(windows):
-        if last is None or window.items is not last.items or (window.user, window.start) != (last.user, last.start):
+        if (
+            last is None
+            or window.items is not last.items
+            or (window.user, window.start) != (last.user, last.start)
+        ):
             groups.append([])
         groups[-1].append(i)
         last = window
@@ -659,7 +886,9 @@ def build_trees(prompts, windows, pack=True, targets=True):
     for group in by_trunk(windows) if pack else [[i] for i in range(len(windows))]:
         tree = build_tree(prompts, [windows[i] for i in group], group, targets)
         alone = tree.dropped and len(group) > 1
-        trees += [build_tree(prompts, [windows[i]], [i], targets) for i in group] if alone else [tree]
+        trees += (
+            [build_tree(prompts, [windows[i]], [i], targets) for i in group] if alone else [tree]
+        )
     return trees
 
 
@@ -675,8 +904,11 @@ def ancestor_mask(parent):
 
 class Batch(NamedTuple):
     """B trees padded to T nodes, and their N target tokens."""
+
     ids: torch.Tensor  # (B, T)
-    mask: torch.Tensor | None  # (B, 1, T, T) additive: 0 where attention is allowed, else the lowest float; None: separate prompts
+    mask: (
+        torch.Tensor | None
+    )  # (B, 1, T, T) additive: 0 where attention is allowed, else the lowest float; None: separate prompts
     position: torch.Tensor  # (B, T)
     segment: torch.Tensor  # (B, T)
     row: torch.Tensor  # (N,)
@@ -692,24 +924,37 @@ def collate(trees, device="cpu"):
 
     Trees that do not branch are separate prompts: padded at the end, they need no mask beyond the model's own causal one.
     """
-    T, branched = max(len(tree.ids) for tree in trees), any((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any() for tree in trees)
-    if branched:  # a round number: oneDNN, which compiles a kernel for each new shape, meets fewer of them
+    T, branched = (
+        max(len(tree.ids) for tree in trees),
+        any((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any() for tree in trees),
+    )
+    if (
+        branched
+    ):  # a round number: oneDNN, which compiles a kernel for each new shape, meets fewer of them
         T = -(-T // 16) * 16
 
     def pad(field):
         rows = np.zeros((len(trees), T), dtype=np.int64)
         for row, tree in zip(rows, trees):
-            row[:len(tree.ids)] = getattr(tree, field)
+            row[: len(tree.ids)] = getattr(tree, field)
         return rows
 
     parent, mask = pad("parent"), None
     for row, tree in zip(parent, trees):
-        row[len(tree.ids):] = np.arange(len(tree.ids), T)
+        row[len(tree.ids) :] = np.arange(len(tree.ids), T)
     if branched:
-        mask = torch.from_numpy(np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]).to(device)
+        mask = torch.from_numpy(
+            np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]
+        ).to(device)
     row = np.repeat(np.arange(len(trees)), [len(tree.source) for tree in trees])
-    flat = [np.concatenate([getattr(tree, field) for tree in trees]) for field in ("source", "label", "item", "step", "window")]
-    ids, *arrays = (torch.from_numpy(array).to(device) for array in (pad("ids"), pad("position"), pad("segment"), row, *flat))
+    flat = [
+        np.concatenate([getattr(tree, field) for tree in trees])
+        for field in ("source", "label", "item", "step", "window")
+    ]
+    ids, *arrays = (
+        torch.from_numpy(array).to(device)
+        for array in (pad("ids"), pad("position"), pad("segment"), row, *flat)
+    )
     return Batch(ids, mask, *arrays)
 
 
@@ -730,7 +975,9 @@ def logits_at(model, row, column, **inputs):
     The selection is a hook before the output layer, so whatever the model does after it (scaling, soft caps) is kept.
     """
     head = model.get_output_embeddings()
-    select = head.register_forward_pre_hook(lambda _, args: (args[0][row, column],))  # (B, T, D) -> (N, D)
+    select = head.register_forward_pre_hook(
+        lambda _, args: (args[0][row, column],)
+    )  # (B, T, D) -> (N, D)
     try:
         return model(**inputs).logits  # (N, V)
     finally:
@@ -740,7 +987,9 @@ def logits_at(model, row, column, **inputs):
 def target_logits(model, batch, embeds=None):
     """Logits (N, V) of a batch's target tokens. embeds: (B, T, D) in place of the input embeddings."""
     inputs = {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
-    inputs |= {} if batch.mask is None else {"attention_mask": batch.mask, "position_ids": batch.position}
+    inputs |= (
+        {} if batch.mask is None else {"attention_mask": batch.mask, "position_ids": batch.position}
+    )
     return logits_at(model, batch.row, batch.source, use_cache=False, **inputs)
 
 
@@ -755,7 +1004,10 @@ def legal_tokens(batch, trie):
 
     Continuation j is token[j] for target owner[j]; chosen[n] is the j that is target n's own token.
     """
-    first, child, path = (torch.as_tensor(x, device=batch.label.device) for x in (trie.first, trie.token[trie.child], trie.path))
+    first, child, path = (
+        torch.as_tensor(x, device=batch.label.device)
+        for x in (trie.first, trie.token[trie.child], trie.path)
+    )
     node = path[batch.item, batch.step]  # (N,)
     owner, offset = flat_ranges(first[node + 1] - first[node])
     token = child[first[node][owner] + offset]
@@ -765,7 +1017,9 @@ def legal_tokens(batch, trie):
 def log_softmax_over(logits, owner, token):
     """log-softmax of logits (N, V) over each row's listed tokens alone: owner, token (C,), sorted by owner -> (C,)."""
     score = logits[owner, token]
-    peak = torch.full_like(logits[:, 0], -torch.inf).scatter_reduce(0, owner, score.detach(), "amax")
+    peak = torch.full_like(logits[:, 0], -torch.inf).scatter_reduce(
+        0, owner, score.detach(), "amax"
+    )
     total = torch.zeros_like(peak).index_add(0, owner, (score - peak[owner]).exp())
     return score - (peak + total.log())[owner]
 
@@ -784,15 +1038,28 @@ def by_length(trees, nodes=2048):
 
 # ------------------------------------------------------------------------------------------------ models
 
-LISTS = 1000  # read in language pre-training at most, 20 titles each; small catalogues are known sooner
-TINY = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 3,
-        "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1}
+LISTS = (
+    1000  # read in language pre-training at most, 20 titles each; small catalogues are known sooner
+)
+TINY = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 
 
 def tiny_model(vocabulary):
     """A Llama of 2.1 million parameters, seeded: three wide layers learn as well as four of 128 and train faster on CPU."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, dtype=torch.float32, attn_implementation="sdpa", **TINY))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, dtype=torch.float32, attn_implementation="sdpa", **TINY)
+    )
 
 
 def language_windows(dataset, length=20):
@@ -821,13 +1088,17 @@ def load_model(name, cache=None):
     if name == "smollm2-135m":
         return load_smollm2(cache)
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries: our sentence says what came of them
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries: our sentence says what came of them
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = squeeze(str(error))[:200]
-        raise InputError(f"--model {name}: cannot be loaded ({reason}); give tiny, smollm2-135m, a Hub id or a folder") from None
+        raise InputError(
+            f"--model {name}: cannot be loaded ({reason}); give tiny, smollm2-135m, a Hub id or a folder"
+        ) from None
 
 
 def load_smollm2(cache=None):
@@ -841,25 +1112,37 @@ def load_smollm2(cache=None):
     except InputError:
         say(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
     if not (is_gguf_available() and is_accelerate_available()):
-        raise InputError("--model smollm2-135m: the wheel's GGUF needs two packages more: pip install gguf accelerate")
+        raise InputError(
+            "--model smollm2-135m: the wheel's GGUF needs two packages more: pip install gguf accelerate"
+        )
     try:
         data = download_wheel(SMOLLM2_WHEEL)
     except (InputError, OSError, subprocess.SubprocessError) as error:
-        raise InputError(f"--model smollm2-135m: neither the Hub nor PyPI answers ({squeeze(str(error))[:200]}); try again online") from None
+        raise InputError(
+            f"--model smollm2-135m: neither the Hub nor PyPI answers ({squeeze(str(error))[:200]}); try again online"
+        ) from None
     if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
-        raise InputError(f"--model smollm2-135m: the wheel {SMOLLM2_WHEEL} has another sha256 than the published one; try again")
+        raise InputError(
+            f"--model smollm2-135m: the wheel {SMOLLM2_WHEEL} has another sha256 than the published one; try again"
+        )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / GGUF).write_bytes(read_files(io.BytesIO(data), [GGUF])[GGUF])
-        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    config = quantised.config  # of the right shape, but marked as quantised, which save_pretrained refuses
+    config = (
+        quantised.config
+    )  # of the right shape, but marked as quantised, which save_pretrained refuses
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
     try:
         save_model(kept, model, tokenizer)
     except OSError as error:
-        say(f"smollm2-135m: {kept} cannot be written ({error.strerror or error}), going on without keeping it")
+        say(
+            f"smollm2-135m: {kept} cannot be written ({error.strerror or error}), going on without keeping it"
+        )
     return model, tokenizer
 
 
@@ -885,7 +1168,9 @@ def save_model(folder, model, tokenizer, card=""):
 def folder_hash(folder):
     """sha256 over what a model folder's weights, tokeniser and configs hold."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)
+    ).hexdigest()
 
 
 def intact(folder):
@@ -898,7 +1183,11 @@ def intact(folder):
 
 def positions(model):
     """How many positions a model has."""
-    return getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 10**6
+    return (
+        getattr(model.config, "max_position_embeddings", None)
+        or getattr(model.config, "n_positions", None)
+        or 10**6
+    )
 
 
 @torch.no_grad()
@@ -906,12 +1195,19 @@ def packs(model, prompts, windows, device="cpu", tolerance=1e-3):
     """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on two branching trees, made of
     the longest histories among the first windows."""
     longest = sorted(windows[:1000], key=lambda w: w.start - w.stop)[:2]
-    trees = [build_tree(prompts, [w._replace(stop=stop) for stop in (w.stop - 1, w.stop)], (0, 1)) for w in longest]
+    trees = [
+        build_tree(prompts, [w._replace(stop=stop) for stop in (w.stop - 1, w.stop)], (0, 1))
+        for w in longest
+    ]
     batch = collate(trees, device)
     model.eval()
     try:
         packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
-    except (TypeError, ValueError, RuntimeError):  # it expects another shape of mask, or knows no position ids
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # it expects another shape of mask, or knows no position ids
         return False
     worst = 0.0
     for n, (row, source) in enumerate(zip(batch.row, batch.source)):
@@ -925,11 +1221,14 @@ def fit_prompts(model, prompts, windows, device="cpu"):
     """`prompts` as the model can take them: a model that does not follow a tree's mask gets every prompt alone, and we say so."""
     if packs(model, prompts, windows, device):
         return prompts
-    say("this model does not follow the mask of packed prompts: each runs by itself, which is slower and gives the same")
+    say(
+        "this model does not follow the mask of packed prompts: each runs by itself, which is slower and gives the same"
+    )
     return prompts._replace(alone=True)
 
 
 # ------------------------------------------------------------------------------------------------ finished runs and commands
+
 
 def read_json(path):
     """JSON file -> value; one that is absent or damaged is an InputError."""
@@ -946,13 +1245,23 @@ def load_run(folder, cache=None, data_dir=None):
     folder = Path(folder)
     if not (folder / "model").is_dir():
         inside = sorted(path.parent.name for path in folder.glob("*/model"))
-        raise InputError(f"{folder}: no model in it; " + (f"choose one of its losses: {', '.join(inside)}" if inside else
-                                                          "give the folder of a loss that gdrt.py has finished, such as runs/NAME/gdrt"))
+        raise InputError(
+            f"{folder}: no model in it; "
+            + (
+                f"choose one of its losses: {', '.join(inside)}"
+                if inside
+                else "give the folder of a loss that gdrt.py has finished, such as runs/NAME/gdrt"
+            )
+        )
     config = read_json(folder.parent / "config.json")
     chosen = config["arguments"]
-    dataset = load_dataset(chosen["dataset"], data_dir, cache, chosen["split"], chosen["history"], chosen["min_rating"])
+    dataset = load_dataset(
+        chosen["dataset"], data_dir, cache, chosen["split"], chosen["history"], chosen["min_rating"]
+    )
     if dataset.digest != config["data"]:
-        raise InputError(f"{folder}: the data of --dataset {chosen['dataset']} has changed since this run; give the same data")
+        raise InputError(
+            f"{folder}: the data of --dataset {chosen['dataset']} has changed since this run; give the same data"
+        )
     model, tokenizer = load_model(folder / "model")
     prompts = make_prompts(dataset, tokenizer, positions(model))
     return config, dataset, model.eval(), tokenizer, fit_prompts(model, prompts, dataset.train)
@@ -976,5 +1285,8 @@ def run_command(main):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        print(f"{Path(sys.argv[0]).name}: {error.filename or 'writing'}: {error.strerror or error}; name another place", file=sys.stderr)
+        print(
+            f"{Path(sys.argv[0]).name}: {error.filename or 'writing'}: {error.strerror or error}; name another place",
+            file=sys.stderr,
+        )
         sys.exit(2)

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository's modules on the path, the marked suites, a small trained model."""
+
 import multiprocessing
 import os
 import shutil
@@ -9,9 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the Hub is marked network and unsets this
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # a test that reaches for the Hub is marked network and unsets this
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: one worker a core, one thread a worker
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # before torch is imported: one worker a core, one thread a worker
 
 MARKED = {"slow": "minutes of CPU", "network": "needs PyPI", "gpu": "needs CUDA"}
 
@@ -41,6 +46,7 @@ def toy(tmp_path_factory):
 
     import gdrt
     from data import build_trees, load_dataset, make_prompts, positions
+
     torch.manual_seed(0)
     dataset = load_dataset("toy")
     model, tokenizer = gdrt.pretrain_tiny(dataset, gdrt.Job())
@@ -54,10 +60,11 @@ def toy(tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------ plain references and small worlds
 
+
 def prompt_of(prompts, window, skip=0):
     """Token ids of a window's prompt up to the response marker, pieces put side by side; skip: oldest titles left out."""
     ids = prompts.bos + prompts.task
-    for item in window.items[window.start + skip:window.stop]:
+    for item in window.items[window.start + skip : window.stop]:
         ids = ids + prompts.titles[item] + prompts.separator
     return ids + prompts.marker
 
@@ -65,16 +72,20 @@ def prompt_of(prompts, window, skip=0):
 def separate_logits(model, prompts, window, skip=0, title=None):
     """Logits (L, V) of a target's L tokens, EOS included: one prompt, one row, the model's own mask and positions."""
     import torch
+
     prompt = prompt_of(prompts, window, skip)
     title = prompts.titles[window.items[window.stop]] if title is None else title
-    return model(torch.tensor([prompt + title]), use_cache=False).logits[0, len(prompt) - 1:]
+    return model(torch.tensor([prompt + title]), use_cache=False).logits[0, len(prompt) - 1 :]
 
 
 def separate_nll(model, prompts, window, skip=0):
     """NLL (L,) of a target's tokens, EOS included."""
     import torch
+
     labels = torch.tensor(prompts.titles[window.items[window.stop]] + [prompts.eos])
-    return -separate_logits(model, prompts, window, skip).log_softmax(-1)[torch.arange(len(labels)), labels]
+    return -separate_logits(model, prompts, window, skip).log_softmax(-1)[
+        torch.arange(len(labels)), labels
+    ]
 
 
 def continuations(prompts):
@@ -92,6 +103,7 @@ def random_windows(n_items, seed, users=2, length=12):
     import numpy as np
 
     from data import Window
+
     random, windows = np.random.default_rng(seed), []
     for user in range(users):
         items = tuple(random.permutation(n_items)[:length].tolist())
@@ -101,51 +113,110 @@ def random_windows(n_items, seed, users=2, length=12):
     return windows
 
 
-def random_prompts(seed=0, n=12, vocabulary=40, bos=True, longest=10**6, lengths=(1, 6), letters=30):
+def random_prompts(
+    seed=0, n=12, vocabulary=40, bos=True, longest=10**6, lengths=(1, 6), letters=30
+):
     """Prompts of random pieces: token 0 BOS, 1 EOS, titles different from one another and of `letters` tokens at most."""
     import numpy as np
 
     from data import Prompts, build_trie
+
     random = np.random.default_rng(seed)
 
     def draw(low, high):
         return random.integers(2, 2 + letters, random.integers(low, high)).tolist()
+
     titles = []
     while len(titles) < n:
         title = draw(*lengths)
         if title not in titles:
             titles.append(title)
-    return Prompts([0] if bos else [], draw(3, 6), [vocabulary - 1], [vocabulary - 2, vocabulary - 1], titles, 1, longest,
-                   build_trie([title + [1] for title in titles]))
+    return Prompts(
+        [0] if bos else [],
+        draw(3, 6),
+        [vocabulary - 1],
+        [vocabulary - 2, vocabulary - 1],
+        titles,
+        1,
+        longest,
+        build_trie([title + [1] for title in titles]),
+    )
 
 
-def small_model(kind="llama", vocabulary=40, tied=False, seed=0, scale=0.3, places=512, dropout=0.0):
+def small_model(
+    kind="llama", vocabulary=40, tied=False, seed=0, scale=0.3, places=512, dropout=0.0
+):
     """A random model in evaluation mode: Llama (rotary positions), GPT-2 (learned ones) or Mamba (none); scale: of its weights."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+    )
+
     torch.manual_seed(seed)
-    common = {"vocab_size": vocabulary, "tie_word_embeddings": tied, "initializer_range": scale, "bos_token_id": 0, "eos_token_id": 1}
+    common = {
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "initializer_range": scale,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=places, attn_pdrop=dropout, **common)).eval()
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=32, n_layer=2, n_head=2, n_positions=places, attn_pdrop=dropout, **common
+            )
+        ).eval()
     if kind == "mamba":
-        return MambaForCausalLM(MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, **common)).eval()
-    return LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, max_position_embeddings=places, attention_dropout=dropout, **common)).eval()
+        return MambaForCausalLM(
+            MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, **common)
+        ).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=places,
+            attention_dropout=dropout,
+            **common,
+        )
+    ).eval()
 
 
 # ------------------------------------------------------------------------------------------------ runs of the whole command
 
+
 def write_folder(folder, users=24, items=14, seed=0):
     """RecBole files with random ratings: `users` who rate 9 to 12 of `items` films (all of them where there are fewer)."""
     import numpy as np
+
     random = np.random.default_rng(seed)
     kinds = ("Crime", "Comedy", "War")
-    lines = [f"{user}\t{item}\t{random.integers(3, 6)}\t{100 * user + place}" for user in range(users)
-             for place, item in enumerate(random.permutation(items)[:random.integers(9, 13)])]
-    films = [f"{item}\tFilm of {'abcdefghijklmnop'[item]}{item * 7}\t{1950 + item}\t{kinds[item % 3]}" for item in range(items)]
+    lines = [
+        f"{user}\t{item}\t{random.integers(3, 6)}\t{100 * user + place}"
+        for user in range(users)
+        for place, item in enumerate(random.permutation(items)[: random.integers(9, 13)])
+    ]
+    films = [
+        f"{item}\tFilm of {'abcdefghijklmnop'[item]}{item * 7}\t{1950 + item}\t{kinds[item % 3]}"
+        for item in range(items)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "small.inter").write_text("\n".join(["user_id:token\titem_id:token\trating:float\ttimestamp:float", *lines]) + "\n")
-    (folder / "small.item").write_text("\n".join(["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", *films]) + "\n")
+    (folder / "small.inter").write_text(
+        "\n".join(["user_id:token\titem_id:token\trating:float\ttimestamp:float", *lines]) + "\n"
+    )
+    (folder / "small.item").write_text(
+        "\n".join(
+            ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", *films]
+        )
+        + "\n"
+    )
     return folder
 
 
@@ -155,16 +226,46 @@ def small(tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from data import load_dataset, tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("small")
     data, model = write_folder(folder / "films"), folder / "model"
     tokenizer = tiny_tokenizer(load_dataset(str(data)))
     import torch
+
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                 initializer_range=0.1, attention_dropout=0.1, bos_token_id=0, eos_token_id=1)).save_pretrained(model)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            initializer_range=0.1,
+            attention_dropout=0.1,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    ).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    return ["--dataset", str(data), "--model", str(model), "--min-rating", "3", "--batch", "8", "--epochs", "2", "--save-every", "2",
-            "--precision", "fp32", "--device", "cpu", "--no-report"]
+    return [
+        "--dataset",
+        str(data),
+        "--model",
+        str(model),
+        "--min-rating",
+        "3",
+        "--batch",
+        "8",
+        "--epochs",
+        "2",
+        "--save-every",
+        "2",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--no-report",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -173,11 +274,18 @@ def steady(small, tmp_path_factory):
     source, folder = Path(small[small.index("--model") + 1]), tmp_path_factory.mktemp("steady")
     shutil.copytree(source, folder / "model")
     config = (source / "config.json").read_text()
-    (folder / "model" / "config.json").write_text(config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
+    (folder / "model" / "config.json").write_text(
+        config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0')
+    )
     return [*small, "--model", str(folder / "model")]
 
 
-OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}  # keys of what a clock or git says; all else is equal where the seed is
+OUTSIDE = {
+    "seconds",
+    "windows_per_s",
+    "time",
+    "commit",
+}  # keys of what a clock or git says; all else is equal where the seed is
 
 
 def reproducible(value):
@@ -207,12 +315,19 @@ def contents(folder):
         if isinstance(value, (list, tuple)):
             return [flat(inner) for inner in value]
         return value.tolist() if isinstance(value, torch.Tensor) else value
-    return {str(path.relative_to(folder)): read(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    return {
+        str(path.relative_to(folder)): read(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ real processes
 
-processes = multiprocessing.get_context("forkserver")  # has imported torch once: a new process takes milliseconds
+processes = multiprocessing.get_context(
+    "forkserver"
+)  # has imported torch once: a new process takes milliseconds
 
 
 def start(function, *args):
@@ -230,6 +345,7 @@ def command(argv, log, before=None, *args):
     import torch
 
     import gdrt
+
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     if before:

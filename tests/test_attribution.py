@@ -1,4 +1,5 @@
 """Attribution and groups against one backward per target token, explicit forwards, and counting by hand."""
+
 import copy
 import decimal
 import json
@@ -7,13 +8,30 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, continuations, prompt_of, random_prompts, random_windows, separate_logits, small_model
+from conftest import (
+    ROOT,
+    continuations,
+    prompt_of,
+    random_prompts,
+    random_windows,
+    separate_logits,
+    small_model,
+)
 from transformers.models.llama import modeling_llama
 
 import attribution
 import gdrt
-from attribution import (ablations, attributions, cut_groups, log_prob_derivative, measuring, ratio, relevance, sample_windows,
-                         segment_gradient)
+from attribution import (
+    ablations,
+    attributions,
+    cut_groups,
+    log_prob_derivative,
+    measuring,
+    ratio,
+    relevance,
+    sample_windows,
+    segment_gradient,
+)
 from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
 
 SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
@@ -22,8 +40,12 @@ SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
 @pytest.fixture
 def exact(toy, monkeypatch):
     """(model, prompts): toy's trained weights in float64 throughout: Llama's softmax and norms would go through fp32."""
+
     def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
     return copy.deepcopy(toy[1]).double(), toy[3]
@@ -32,16 +54,25 @@ def exact(toy, monkeypatch):
 def kinds_of(prompts, window):
     """Segment of every token of a prompt and its title, by hand."""
     kinds = [BOS] * len(prompts.bos) + [TEMPLATE] * len(prompts.task)
-    for item in window.items[window.start:window.stop]:
+    for item in window.items[window.start : window.stop]:
         kinds += [USER] * len(prompts.titles[item] + prompts.separator)
-    return kinds + [TEMPLATE] * len(prompts.marker) + [TITLE] * len(prompts.titles[window.items[window.stop]])
+    return (
+        kinds
+        + [TEMPLATE] * len(prompts.marker)
+        + [TITLE] * len(prompts.titles[window.items[window.stop]])
+    )
 
 
 def score(logits, labels, legal):
     """Log p (L,) of a title's tokens from logits (L, V), over the vocabulary or the continuations {prefix: tokens}."""
     if legal is None:
         return logits.log_softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
-    return torch.stack([z[y] - z[legal[tuple(labels[:j])]].logsumexp(0) for j, (z, y) in enumerate(zip(logits, labels))])
+    return torch.stack(
+        [
+            z[y] - z[legal[tuple(labels[:j])]].logsumexp(0)
+            for j, (z, y) in enumerate(zip(logits, labels))
+        ]
+    )
 
 
 def log_probs(model, prompts, window, segment, s, legal=None):
@@ -53,7 +84,7 @@ def log_probs(model, prompts, window, segment, s, legal=None):
     delta = E - weight.mean(0)
     delta[[kind not in segment for kind in kinds_of(prompts, window)]] = 0
     embeds = (E - (1 - s) * delta).requires_grad_()
-    logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1:]
+    logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1 :]
     return score(logits, labels + [prompts.eos], legal), embeds, delta
 
 
@@ -63,12 +94,17 @@ def by_backwards(model, prompts, windows, segment, s, legal=None):
     for window in windows:
         with torch.enable_grad():
             out, embeds, delta = log_probs(model, prompts, window, segment, s, legal)
-            found += [(torch.autograd.grad(x, embeds, retain_graph=True)[0] * delta).sum() for x in out]
+            found += [
+                (torch.autograd.grad(x, embeds, retain_graph=True)[0] * delta).sum() for x in out
+            ]
     return torch.stack(found)
 
 
 def explicit_ablation(model, prompts, windows, segment, legal=None):
-    own, without = (torch.cat([log_probs(model, prompts, w, segment, s, legal)[0] for w in windows]) for s in (1.0, 0.0))
+    own, without = (
+        torch.cat([log_probs(model, prompts, w, segment, s, legal)[0] for w in windows])
+        for s in (1.0, 0.0)
+    )
     return (own - without).detach()
 
 
@@ -79,15 +115,21 @@ def in_order(batch, values):
 
 @pytest.mark.parametrize("pack, softmax", [(True, "full"), (False, "full"), (True, "trie")])
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_forward_mode_equals_a_backward_per_target_token(toy, exact, monkeypatch, name, pack, softmax):
+def test_forward_mode_equals_a_backward_per_target_token(
+    toy, exact, monkeypatch, name, pack, softmax
+):
     """At each of three points of the path."""
     model, prompts = exact
     legal = continuations(prompts) if softmax == "trie" else None
-    windows, points = random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6], []
+    windows, points = (
+        random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6],
+        [],
+    )
 
     def record(*args):
         points.append(log_prob_derivative(*args))
         return points[-1]
+
     monkeypatch.setattr(attribution, "log_prob_derivative", record)
     batch = collate(build_trees(prompts, windows, pack))
     with measuring(model):
@@ -96,7 +138,9 @@ def test_forward_mode_equals_a_backward_per_target_token(toy, exact, monkeypatch
         for j, point in enumerate(points):
             expected = by_backwards(model, prompts, windows, SEGMENTS[name], (2 * j + 1) / 6, legal)
             assert expected.abs().max() > 0.1
-            assert torch.allclose(in_order(batch, point), expected, rtol=1e-6, atol=1e-12)  # a token without alternative: 0
+            assert torch.allclose(
+                in_order(batch, point), expected, rtol=1e-6, atol=1e-12
+            )  # a token without alternative: 0
     assert torch.allclose(whole, sum(points) / 3)
 
 
@@ -104,10 +148,18 @@ def test_forward_mode_equals_a_backward_per_target_token(toy, exact, monkeypatch
 def test_the_gradient_tends_to_the_ablation(toy, exact, name):
     """The midpoint rule's error is gone once the points are closer than the path's turns."""
     model, prompts = exact
-    batch = collate(build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:1]))
+    batch = collate(
+        build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:1])
+    )
     with measuring(model):
         ablation = ablations(model, batch, (SEGMENTS[name],))[0, 0]
-        error = {m: float((segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm() / ablation.norm()) for m in (2, 32, 128)}
+        error = {
+            m: float(
+                (segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm()
+                / ablation.norm()
+            )
+            for m in (2, 32, 128)
+        }
     assert error[32] < error[2] / 4 and error[128] < min(0.005, error[32] / 10)
 
 
@@ -121,7 +173,9 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
         expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal)
         found = ablations(model, batch, (SEGMENTS[name],), (legal and prompts.trie,))[0, 0]
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
-        if name == "auxiliary" and prompts.bos:  # BOS stays: with it at the baseline, too, the figures are others
+        if (
+            name == "auxiliary" and prompts.bos
+        ):  # BOS stays: with it at the baseline, too, the figures are others
             others = explicit_ablation(model, prompts, windows, (TEMPLATE, TITLE, BOS), legal)
             assert (others - expected).abs().max() > 1e-3
 
@@ -133,9 +187,13 @@ def test_other_kinds_of_models(kind, bos):
     with measuring(model):
         for segment in SEGMENTS.values():
             expected = by_backwards(model, prompts, windows, segment, 0.5)
-            assert (in_order(batch, segment_gradient(model, batch, segment, 1)) - expected).abs().max() < 1e-4 * expected.abs().max()
+            assert (
+                in_order(batch, segment_gradient(model, batch, segment, 1)) - expected
+            ).abs().max() < 1e-4 * expected.abs().max()
             expected = explicit_ablation(model, prompts, windows, segment)
-            assert (in_order(batch, ablations(model, batch, (segment,))[0, 0]) - expected).abs().max() < 1e-4
+            assert (
+                in_order(batch, ablations(model, batch, (segment,))[0, 0]) - expected
+            ).abs().max() < 1e-4
 
 
 def test_the_default_is_near_the_ablation(toy):
@@ -152,7 +210,9 @@ def test_batched_equals_single(toy, method):
     dataset, model, _, prompts = toy
     trees = build_trees(prompts, random_windows(len(dataset.titles), 5, users=5))
     aux, user, item, step, window = attributions(model, trees, method)
-    together = {key: value for *key, value in zip(window, step, zip(aux, user)) for key in [tuple(key)]}
+    together = {
+        key: value for *key, value in zip(window, step, zip(aux, user)) for key in [tuple(key)]
+    }
     assert len(together) == len(aux) == sum(len(tree.label) for tree in trees)
     for tree in trees:
         aux, user, item, step, window = attributions(model, [tree], method)
@@ -169,15 +229,21 @@ def test_dropout_has_no_part_in_it():
 
 def test_the_model_is_left_as_it_was(toy):
     dataset, model, _, prompts = toy
-    before, attention = {name: p.clone() for name, p in model.named_parameters()}, model.config._attn_implementation
+    before, attention = (
+        {name: p.clone() for name, p in model.named_parameters()},
+        model.config._attn_implementation,
+    )
     model.train()
     attributions(model, build_trees(prompts, dataset.train[:3]))
     assert model.training and model.config._attn_implementation == attention
     model.eval()
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ saturated tokens
+
 
 def by_decimals(logits, tangent, label):
     """dz_label - sum_v p_v dz_v in 80 digits."""
@@ -197,10 +263,16 @@ def test_saturated_tokens_keep_their_digits(lead, some):
     torch.manual_seed(0)
     logits, tangent, label = torch.randn(20, 50), torch.randn(20, 50) * 3, torch.arange(20)
     logits[torch.arange(20), label] = logits.max(1).values + lead
-    legal = (torch.arange(20).repeat_interleave(25), torch.arange(25).repeat(20), 26 * torch.arange(20)) if some else None
+    legal = (
+        (torch.arange(20).repeat_interleave(25), torch.arange(25).repeat(20), 26 * torch.arange(20))
+        if some
+        else None
+    )
     ours = log_prob_derivative(logits, tangent, label, legal)
     logits, tangent = (x[:, :25] if some else x for x in (logits, tangent))
-    exact = torch.tensor([by_decimals(*row) for row in zip(logits, tangent, label)], dtype=torch.float64)
+    exact = torch.tensor(
+        [by_decimals(*row) for row in zip(logits, tangent, label)], dtype=torch.float64
+    )
     assert ours.dtype == torch.float32
     assert ((ours.double() - exact).abs() / exact.abs()).max() < 1e-4
     if lead >= 15:
@@ -210,11 +282,17 @@ def test_saturated_tokens_keep_their_digits(lead, some):
 
 def test_saturated_tokens_against_the_direct_form_in_float64():
     torch.manual_seed(1)
-    logits, tangent, label = torch.randn(30, 50) * 2, torch.randn(30, 50), torch.randint(0, 50, (30,))
+    logits, tangent, label = (
+        torch.randn(30, 50) * 2,
+        torch.randn(30, 50),
+        torch.randint(0, 50, (30,)),
+    )
     logits[torch.arange(30), label] += 10
     z, dz = logits.double(), tangent.double()
     direct = dz[torch.arange(30), label] - (z.softmax(-1) * dz).sum(-1)
-    assert torch.allclose(log_prob_derivative(logits, tangent, label).double(), direct, rtol=1e-4, atol=0)
+    assert torch.allclose(
+        log_prob_derivative(logits, tangent, label).double(), direct, rtol=1e-4, atol=0
+    )
 
 
 def test_ratio():
@@ -224,6 +302,7 @@ def test_ratio():
 
 
 # ------------------------------------------------------------------------------------------------ relevance
+
 
 def test_probability_is_that_of_the_prompt_without_history(toy):
     dataset, model, _, prompts = toy
@@ -237,32 +316,51 @@ def test_probability_is_that_of_the_prompt_without_history(toy):
         with torch.no_grad():  # BOS, task, marker, title: no history, positions closed up
             logits = separate_logits(model, prompts, Window(0, (item,), 0, 0))
         p = score(logits, prompts.titles[item] + [prompts.eos], legal).exp()
-        assert r[item, :len(p)] == pytest.approx(p.numpy(), abs=1e-5) and np.isnan(r[item, len(p):]).all()
+        assert (
+            r[item, : len(p)] == pytest.approx(p.numpy(), abs=1e-5)
+            and np.isnan(r[item, len(p) :]).all()
+        )
 
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_relevance_is_the_mean_over_windows_of_a_target(method):
     """A catalogue so small that each title is a target twice: every window is in the sample."""
     model, prompts = small_model(), random_prompts(2, 6, letters=4)
-    windows = [Window(user, items, 0, stop) for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)]) for stop in (1, 2, 3)]
+    windows = [
+        Window(user, items, 0, stop)
+        for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)])
+        for stop in (1, 2, 3)
+    ]
     legal = continuations(prompts)
     r = relevance(model, prompts, windows, method)
     expected = {}
     with measuring(model):
         for window in windows:
             if method == "ablation":
-                A = [explicit_ablation(model, prompts, [window], segment, legal) for segment in SEGMENTS.values()]
+                A = [
+                    explicit_ablation(model, prompts, [window], segment, legal)
+                    for segment in SEGMENTS.values()
+                ]
             else:
                 points = [(j + 0.5) / attribution.STEPS for j in range(attribution.STEPS)]
-                A = [sum(by_backwards(model, prompts, [window], segment, s, legal) for s in points) / len(points)
-                     for segment in SEGMENTS.values()]
+                A = [
+                    sum(by_backwards(model, prompts, [window], segment, s, legal) for s in points)
+                    / len(points)
+                    for segment in SEGMENTS.values()
+                ]
             for j, (aux, user) in enumerate(zip(*A)):
                 aux, user = abs(float(aux)), abs(float(user))
-                r_token = 1.0 if len(legal[tuple(prompts.titles[window.items[window.stop]][:j])]) == 1 else aux / (aux + user)
+                r_token = (
+                    1.0
+                    if len(legal[tuple(prompts.titles[window.items[window.stop]][:j])]) == 1
+                    else aux / (aux + user)
+                )
                 expected.setdefault((window.items[window.stop], j), []).append(r_token)
     for (item, j), values in expected.items():
         assert r[item, j] == pytest.approx(sum(values) / len(values), abs=1e-3)
-    assert (~np.isnan(r)).sum() == len(expected) and 0 < sum(values == [1.0, 1.0] for values in expected.values()) < len(expected) / 2
+    assert (~np.isnan(r)).sum() == len(expected) and 0 < sum(
+        values == [1.0, 1.0] for values in expected.values()
+    ) < len(expected) / 2
 
 
 def test_the_sample_takes_each_target_so_often_and_whole_trees(toy):
@@ -270,12 +368,24 @@ def test_the_sample_takes_each_target_so_often_and_whole_trees(toy):
     often = np.bincount([w.items[w.stop] for w in windows])
     for per_title in (1, 3):
         sample = sample_windows(windows, per_title, 0)
-        assert (np.bincount([w.items[w.stop] for w in sample], minlength=len(often)) >= np.minimum(often, per_title)).all()
-        whole = {id(w.items): [v for v in windows if v.items is w.items and v.start == w.start] for w in sample[:50]}
-        assert all(v in sample for tree in whole.values() for v in tree) and len(sample) < len(windows)
-        assert sample == sample_windows(windows, per_title, 0) != sample_windows(windows, per_title, 1)
+        assert (
+            np.bincount([w.items[w.stop] for w in sample], minlength=len(often))
+            >= np.minimum(often, per_title)
+        ).all()
+        whole = {
+            id(w.items): [v for v in windows if v.items is w.items and v.start == w.start]
+            for w in sample[:50]
+        }
+        assert all(v in sample for tree in whole.values() for v in tree) and len(sample) < len(
+            windows
+        )
+        assert (
+            sample == sample_windows(windows, per_title, 0) != sample_windows(windows, per_title, 1)
+        )
         place = {(w.user, w.stop): i for i, w in enumerate(windows)}
-        assert np.all(np.diff([place[w.user, w.stop] for w in sample]) > 0)  # in order, so that they share trees
+        assert np.all(
+            np.diff([place[w.user, w.stop] for w in sample]) > 0
+        )  # in order, so that they share trees
 
 
 def area_under_curve(values, positive):
@@ -315,6 +425,7 @@ def test_default_relevance_finds_the_planted_bias(toy):
 
 # ------------------------------------------------------------------------------------------------ groups
 
+
 def targets(times):
     """Windows in which item i is the target times[i] times."""
     return [Window(i, (item,), 0, 0) for item, n in enumerate(times) for i in range(n)]
@@ -328,8 +439,16 @@ def test_groups_are_equal_shares_of_the_training_tokens():
     for k in (1, 2, 4, 7):
         group, cuts, shares = cut_groups(r, targets(times), k)
         assert (group[np.isnan(r)] == -1).all() and set(group[~np.isnan(r)]) == set(range(k))
-        tokens = [(r[i, j], group[i, j]) for i in range(60) for j in range(5) if group[i, j] >= 0 for _ in range(times[i])]
-        assert [g for _, g in sorted(tokens)] == sorted(g for _, g in tokens)  # group 0 the least relevant
+        tokens = [
+            (r[i, j], group[i, j])
+            for i in range(60)
+            for j in range(5)
+            if group[i, j] >= 0
+            for _ in range(times[i])
+        ]
+        assert [g for _, g in sorted(tokens)] == sorted(
+            g for _, g in tokens
+        )  # group 0 the least relevant
         for g in range(k):
             assert shares[g] == pytest.approx(sum(h == g for _, h in tokens) / len(tokens))
             assert abs(shares[g] * len(tokens) - len(tokens) / k) <= times.max()
@@ -341,7 +460,9 @@ def test_equal_relevance_equal_group():
     group, cuts, shares = cut_groups(r, targets([1] * 40), 4)
     for value in np.unique(r):
         assert len(set(group[r == value])) == 1
-    assert sum(shares) == pytest.approx(1) and cuts == sorted(cuts) and max(shares) - min(shares) < 0.2
+    assert (
+        sum(shares) == pytest.approx(1) and cuts == sorted(cuts) and max(shares) - min(shares) < 0.2
+    )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9])
@@ -350,7 +471,7 @@ def test_a_large_tie_takes_one_group_and_leaves_the_others(share, value):
     """Many tokens are certain without the user (r = 1): they fill a group, and the rest is cut evenly all the same."""
     random = np.random.default_rng(2)
     r = random.random((100, 10))
-    r[:int(100 * share)] = value
+    r[: int(100 * share)] = value
     k = 4
     group, _, shares = cut_groups(r, targets([1] * 100), k)
     tie = next(iter(set(group[r == value])))
@@ -374,12 +495,41 @@ def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, mon
     """A run agrees with itself wholly; chance is the product of the groups' shares; other data is refused."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import relevance as study
+
     for name, seed in (("one", "0"), ("same", "0"), ("other", "1")):
-        gdrt.main([*small, "--loss", "sft", "--seed", seed, "--no-test", "--out", str(tmp_path), "--name", name])
+        gdrt.main(
+            [
+                *small,
+                "--loss",
+                "sft",
+                "--seed",
+                seed,
+                "--no-test",
+                "--out",
+                str(tmp_path),
+                "--name",
+                name,
+            ]
+        )
     out = tmp_path / "relevance.json"
-    study.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/same/sft", f"{tmp_path}/other/sft", "--steps", "1", "--out", str(out)])
+    study.main(
+        [
+            f"{tmp_path}/one/sft",
+            "--others",
+            f"{tmp_path}/same/sft",
+            f"{tmp_path}/other/sft",
+            "--steps",
+            "1",
+            "--out",
+            str(out),
+        ]
+    )
     found = json.loads(out.read_text())["agreement"]
-    assert list(found) == ["another sample of windows", "the warm-up of same", "the warm-up of other"]
+    assert list(found) == [
+        "another sample of windows",
+        "the warm-up of same",
+        "the warm-up of other",
+    ]
     for method in study.METHODS:
         assert found["the warm-up of same"][method][:2] == pytest.approx([1, 1])
         assert found["the warm-up of other"][method][0] < 1

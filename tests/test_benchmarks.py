@@ -1,4 +1,5 @@
 """The evidence machinery: quality.py runs, skips and records on toy; tables.py finds what was put into made-up results."""
+
 import copy
 import json
 import sys
@@ -17,23 +18,46 @@ import relevance
 import tables
 from data import load_dataset, make_prompts, tiny_tokenizer
 
-ROWS = ("popularity", "before", "sft", "gdrt", "gdrt late", "random groups", "position groups", "untuned NLL groups", "fixed weights", "focal",
-        "gdrt + msl", "planted groups")
+ROWS = (
+    "popularity",
+    "before",
+    "sft",
+    "gdrt",
+    "gdrt late",
+    "random groups",
+    "position groups",
+    "untuned NLL groups",
+    "fixed weights",
+    "focal",
+    "gdrt + msl",
+    "planted groups",
+)
 
 
 # ------------------------------------------------------------------------------------------------ quality.py on toy
+
 
 @pytest.fixture(scope="module")
 def little():
     """(toy, an untrained model of one thin layer, tokenizer, prompts): what is tested here needs no skill."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dataset = load_dataset("toy")
     tokenizer = tiny_tokenizer(dataset)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
     yield dataset, model.eval(), tokenizer, make_prompts(dataset, tokenizer, 1024)
     torch.set_num_threads(threads)
 
@@ -49,7 +73,16 @@ def done(little, tmp_path_factory):
     quality.start.cache_clear()
     setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64, "epochs": 2}
     runs = quality.table_of(ROWS, setting, 1)
-    options = Namespace(results=results, experiment="toy", dry_run=False, paths={}, data_dir=None, cache=None, device="cpu", precision="fp32")
+    options = Namespace(
+        results=results,
+        experiment="toy",
+        dry_run=False,
+        paths={},
+        data_dir=None,
+        cache=None,
+        device="cpu",
+        precision="fp32",
+    )
     quality.run_all(runs, options)
     yield results, options, runs
     quality.start.cache_clear()
@@ -67,33 +100,77 @@ def test_every_row_leaves_a_line_and_outcomes_that_agree(done):
     for row, line in lines.items():
         with np.load(results / "windows" / f"{line['key']}.npz", allow_pickle=False) as kept:
             assert len(kept["test user"]) == 24
-            for name in ("NDCG@10", "HR@10") + (() if row == "popularity" else ("NLL", "legal NLL")):
-                assert kept[f"test {name}"].astype(float).mean() == pytest.approx(line["test"][name], abs=1e-3)
+            for name in ("NDCG@10", "HR@10") + (
+                () if row == "popularity" else ("NLL", "legal NLL")
+            ):
+                assert kept[f"test {name}"].astype(float).mean() == pytest.approx(
+                    line["test"][name], abs=1e-3
+                )
         assert {"versions", "commit", "machine", "seconds", "arguments", "data"} <= set(line)
     assert lines["before"]["test"]["legal NLL"] != lines["sft"]["test"]["legal NLL"]
-    trained = [line["test"]["legal NLL"] for row, line in lines.items() if row not in ("popularity", "before")]
-    assert len(set(trained)) == len(trained)  # each loss and each table of groups made another model
+    trained = [
+        line["test"]["legal NLL"]
+        for row, line in lines.items()
+        if row not in ("popularity", "before")
+    ]
+    assert len(set(trained)) == len(
+        trained
+    )  # each loss and each table of groups made another model
 
 
 def test_rows_are_what_the_command_makes(done, little, tmp_path, monkeypatch):
     lines, gdrt = by_row(done[0]), quality.gdrt
     monkeypatch.setattr(gdrt, "load_dataset", quality.load_dataset)
     a = lines["gdrt"]["arguments"]
-    names = ("dataset", "windows", "batch", "epochs", "lr", "warmup", "relevance", "groups", "tau", "prior", "seed", "history")
-    gdrt.main([word for name in names for word in (f"--{name}", str(a[name]))]
-              + ["--precision", "fp32", "--device", "cpu", "--no-report", "--out", str(tmp_path), "--name", "x"])
-    before = json.loads((tmp_path / "x" / "sft" / "metrics.json").read_text())["baselines"]["before"]
+    names = (
+        "dataset",
+        "windows",
+        "batch",
+        "epochs",
+        "lr",
+        "warmup",
+        "relevance",
+        "groups",
+        "tau",
+        "prior",
+        "seed",
+        "history",
+    )
+    gdrt.main(
+        [word for name in names for word in (f"--{name}", str(a[name]))]
+        + [
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+            "--no-report",
+            "--out",
+            str(tmp_path),
+            "--name",
+            "x",
+        ]
+    )
+    before = json.loads((tmp_path / "x" / "sft" / "metrics.json").read_text())["baselines"][
+        "before"
+    ]
     assert lines["before"]["test"]["NLL"] == pytest.approx(before["test"]["NLL"], rel=1e-6)
     for loss in ("sft", "gdrt"):
         metrics = json.loads((tmp_path / "x" / loss / "metrics.json").read_text())
         for name in ("NDCG@10", "legal NLL", "NLL", "MGU@5", "coverage@10"):
-            assert lines[loss]["test"][name] == pytest.approx(metrics["test"][name], rel=1e-6), (loss, name)
-        assert lines[loss]["audit"]["ablation"]["auxiliary share"] == pytest.approx(metrics["audit"]["after"]["ablation"]["auxiliary share"])
+            assert lines[loss]["test"][name] == pytest.approx(metrics["test"][name], rel=1e-6), (
+                loss,
+                name,
+            )
+        assert lines[loss]["audit"]["ablation"]["auxiliary share"] == pytest.approx(
+            metrics["audit"]["after"]["ablation"]["auxiliary share"]
+        )
 
 
 def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
     lines = by_row(done[0])
-    assert len({line["seconds"]["warm-up"] for row, line in lines.items() if row != "gdrt + msl"}) == 1
+    assert (
+        len({line["seconds"]["warm-up"] for row, line in lines.items() if row != "gdrt + msl"}) == 1
+    )
     assert lines["fixed weights"]["mean q"] == pytest.approx(lines["gdrt"]["mean q"], abs=1e-6)
     assert lines["random groups"]["shares"] == pytest.approx([0.25] * 4, abs=0.02)
     assert lines["focal"]["training group NLL"] != lines["sft"]["training group NLL"]
@@ -101,9 +178,13 @@ def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
 
 def test_a_run_keeps_the_groups_that_it_was_trained_by(done):
     lines = by_row(done[0])
-    late, = tables.group_tables(done[0], [lines["gdrt late"]], "late")
-    drawn, = tables.group_tables(done[0], [lines["random groups"]], "random")
-    assert set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3} and ((late < 0) == (drawn < 0)).all() and (late != drawn).any()
+    (late,) = tables.group_tables(done[0], [lines["gdrt late"]], "late")
+    (drawn,) = tables.group_tables(done[0], [lines["random groups"]], "random")
+    assert (
+        set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3}
+        and ((late < 0) == (drawn < 0)).all()
+        and (late != drawn).any()
+    )
     assert tables.group_tables(done[0], [lines["gdrt late"]], "gradient") == []
 
 
@@ -122,30 +203,41 @@ def test_finished_runs_are_skipped_and_a_lost_one_is_done_again(done, monkeypatc
     path = results / "quality.jsonl"
     text, performed = path.read_text(), []
     real = quality.perform
-    monkeypatch.setattr(quality, "perform", lambda run, options: performed.append(run["row"]) or real(run, options))
+    monkeypatch.setattr(
+        quality, "perform", lambda run, options: performed.append(run["row"]) or real(run, options)
+    )
     quality.run_all(runs, options)
     assert performed == [] and path.read_text() == text
     lost = [line for line in text.splitlines(keepends=True) if json.loads(line)["row"] != "sft"]
     path.write_text("".join(lost))
     quality.run_all(runs, options)
     assert performed == ["sft"]
-    again, before = by_row(results)["sft"], next(json.loads(x) for x in text.splitlines() if json.loads(x)["row"] == "sft")
-    assert again["test"] == before["test"] and again["key"] == before["key"]  # whatever ran before it in the process
+    again, before = (
+        by_row(results)["sft"],
+        next(json.loads(x) for x in text.splitlines() if json.loads(x)["row"] == "sft"),
+    )
+    assert (
+        again["test"] == before["test"] and again["key"] == before["key"]
+    )  # whatever ran before it in the process
 
 
 def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
     results, options, runs = done
-    path, = (results / "windows").glob("groups-*.npz")
+    (path,) = (results / "windows").glob("groups-*.npz")
     whole, run = path.read_bytes(), next(run for run in runs if run["row"] == "sft")
     with np.load(path, allow_pickle=False) as kept:
-        np.savez(path, group=np.where(kept["group"] < 0, -1, 1 - kept["group"]))  # as if another machine had measured it
+        np.savez(
+            path, group=np.where(kept["group"] < 0, -1, 1 - kept["group"])
+        )  # as if another machine had measured it
     try:
         swapped = quality.perform(run, options)[0]["test"]["group legal NLL"]
     finally:
         path.write_bytes(whole)
     assert swapped == pytest.approx(by_row(results)["sft"]["test"]["group legal NLL"][::-1])
     sft, gdrt = by_row(results)["sft"], by_row(results)["gdrt"]
-    assert tables.group_zero_to_sft({0: gdrt}, {0: sft})[0] == tables.group_zero(gdrt) - tables.group_zero(sft)
+    assert tables.group_zero_to_sft({0: gdrt}, {0: sft})[0] == tables.group_zero(
+        gdrt
+    ) - tables.group_zero(sft)
     assert np.isnan(tables.group_zero_to_sft({0: gdrt | {"held groups": "others"}}, {0: sft})).all()
 
 
@@ -154,7 +246,12 @@ def test_tables_of_a_real_run(done, capsys):
     text = capsys.readouterr().out
     assert all(f"\n| {row} |" in text for row in ROWS)
     assert text.count("\n| ") == len(ROWS) + 2  # the header and the rule below it
-    assert text.index("| before |") < text.index("| sft |") < text.index("| gdrt |") < text.index("| focal |")
+    assert (
+        text.index("| before |")
+        < text.index("| sft |")
+        < text.index("| gdrt |")
+        < text.index("| focal |")
+    )
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
@@ -162,19 +259,35 @@ def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
     for names in (("tune", "tune2"), ("tune3",)):
         runs = [run for name in names for run in quality.experiments(name)]
         assert all(run["arguments"]["no_test"] for run in runs)
-        count = {loss: len({quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}) for loss in ("sft", "gdrt")}
+        count = {
+            loss: len(
+                {quality.key(run["arguments"]) for run in runs if run["arguments"]["loss"] == loss}
+            )
+            for loss in ("sft", "gdrt")
+        }
         assert count["sft"] == count["gdrt"] == len(runs) / 2
 
 
 def test_relevance_against_the_planted_bias():
-    assert relevance.area_under_curve(np.array([4.0, 1.0, 3.0, 2.0]), np.array([True, False, True, False])) == 1
-    assert relevance.area_under_curve(np.array([1.0, 2.0, 2.0, 3.0]), np.array([True, False, True, False])) == pytest.approx(1 / 8)
+    assert (
+        relevance.area_under_curve(
+            np.array([4.0, 1.0, 3.0, 2.0]), np.array([True, False, True, False])
+        )
+        == 1
+    )
+    assert relevance.area_under_curve(
+        np.array([1.0, 2.0, 2.0, 3.0]), np.array([True, False, True, False])
+    ) == pytest.approx(1 / 8)
 
 
 def test_a_part_of_an_experiment(capsys, tmp_path):
-    quality.main(["grid", "--rows", "sft", "gdrt", "--seeds", "2", "--dry-run", "--results", str(tmp_path)])
+    quality.main(
+        ["grid", "--rows", "sft", "gdrt", "--seeds", "2", "--dry-run", "--results", str(tmp_path)]
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["sft", "gdrt"] * 2 and sum("seed1" in line for line in lines) == 2
+    assert [line.split()[1] for line in lines] == ["sft", "gdrt"] * 2 and sum(
+        "seed1" in line for line in lines
+    ) == 2
 
 
 def test_quick_is_the_headline_on_three_seeds(capsys, tmp_path):
@@ -195,57 +308,97 @@ def test_a_dose_at_its_usual_value_is_the_grids_own_run():
 
 # ------------------------------------------------------------------------------------------------ controls
 
+
 def gradient(objective, nll, group, K):
     nll = nll.clone().requires_grad_()
     count = torch.bincount(group, minlength=K).float()
-    mean = torch.tensor([nll[group == g].mean().item() if (group == g).any() else 0 for g in range(K)])
+    mean = torch.tensor(
+        [nll[group == g].mean().item() if (group == g).any() else 0 for g in range(K)]
+    )
     terms, q, _ = objective(nll, group, mean, count, torch.zeros(K))
     return torch.autograd.grad(terms.sum(), nll)[0], q
 
 
 def test_fixed_weights_and_focal_against_the_written_formula():
-    nll, group = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1]), torch.tensor([0, 0, 1, 3, 3])  # group 2 is absent
+    nll, group = (
+        torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1]),
+        torch.tensor([0, 0, 1, 3, 3]),
+    )  # group 2 is absent
     found, q = gradient(quality.fixed([0.4, 0.1, 0.3, 0.2]), nll, group, 4)
     expected = [0.4 / 0.7 / 2, 0.4 / 0.7 / 2, 0.1 / 0.7, 0.2 / 0.7 / 2, 0.2 / 0.7 / 2]
     assert found.tolist() == pytest.approx(expected) and q[2] == 0
     p = torch.exp(-nll)
-    found, _ = gradient(quality.focal(2.0), nll, group, 4)  # d/dnll (1 - p)^2 nll = (1 - p)^2 + 2 (1 - p) p nll
-    assert found.tolist() == pytest.approx((((1 - p) ** 2 + 2 * (1 - p) * p * nll) / 5).tolist(), rel=1e-5)
-    assert gradient(quality.focal(0.0), nll, group, 4)[0].tolist() == pytest.approx([0.2] * 5)  # the plain mean
+    found, _ = gradient(
+        quality.focal(2.0), nll, group, 4
+    )  # d/dnll (1 - p)^2 nll = (1 - p)^2 + 2 (1 - p) p nll
+    assert found.tolist() == pytest.approx(
+        (((1 - p) ** 2 + 2 * (1 - p) * p * nll) / 5).tolist(), rel=1e-5
+    )
+    assert gradient(quality.focal(0.0), nll, group, 4)[0].tolist() == pytest.approx(
+        [0.2] * 5
+    )  # the plain mean
 
 
 def test_control_groups_sort_what_they_say(little):
     dataset, model, _, prompts = little
     windows = dataset.train[:120]
-    begun = quality.Start(dataset, prompts, copy.deepcopy(model), windows, [], [], 1, Namespace(device="cpu"), None,
-                          quality.copied(model), quality.copied(model), 0.0, {})
+    begun = quality.Start(
+        dataset,
+        prompts,
+        copy.deepcopy(model),
+        windows,
+        [],
+        [],
+        1,
+        Namespace(device="cpu"),
+        None,
+        quality.copied(model),
+        quality.copied(model),
+        0.0,
+        {},
+    )
     lengths = np.array([len(title) + 1 for title in prompts.titles])
     for name in ("random", "position", "nll", "planted"):
         r, _ = quality.measured(begun, name, 0)
         targets = {w.items[w.stop] for w in windows}
-        known = np.array([i in targets for i in range(len(lengths))])[:, None] & (np.arange(r.shape[1]) < lengths[:, None])
+        known = np.array([i in targets for i in range(len(lengths))])[:, None] & (
+            np.arange(r.shape[1]) < lengths[:, None]
+        )
         assert (~np.isnan(r) == known).all()
         if name == "position":
             assert (r[known] == np.nonzero(known)[1]).all()
     from attribution import sample_windows
+
     sample = sample_windows(windows, 4, 0)
-    w = next(w for w in sample if sum(v.items[v.stop] == w.items[w.stop] for v in sample) == 1)  # its title's only window
-    ids = prompts.bos + prompts.task + [t for i in w.items[w.start:w.stop] for t in prompts.titles[i] + prompts.separator] + prompts.marker
+    w = next(
+        w for w in sample if sum(v.items[v.stop] == w.items[w.stop] for v in sample) == 1
+    )  # its title's only window
+    ids = (
+        prompts.bos
+        + prompts.task
+        + [t for i in w.items[w.start : w.stop] for t in prompts.titles[i] + prompts.separator]
+        + prompts.marker
+    )
     title = prompts.titles[w.items[w.stop]] + [prompts.eos]
     with torch.no_grad():
-        scores = model(torch.tensor([ids + title])).logits[0, len(ids) - 1:-1].log_softmax(-1)
+        scores = model(torch.tensor([ids + title])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
     nll = -scores[torch.arange(len(title)), title]
-    r = quality.measured(begun, "nll", 0)[0][w.items[w.stop], :len(title)]
+    r = quality.measured(begun, "nll", 0)[0][w.items[w.stop], : len(title)]
     assert r.tolist() == pytest.approx((-nll).tolist(), abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ statistics
 
+
 def test_interval_against_a_plain_bootstrap():
     random = np.random.default_rng(1)
-    user = np.repeat(np.arange(30), random.integers(1, 9, 30))[::-1]  # unequal users, not sorted upwards
+    user = np.repeat(np.arange(30), random.integers(1, 9, 30))[
+        ::-1
+    ]  # unequal users, not sorted upwards
     base = random.random((4, len(user))) + random.random(30)[user]
-    ours = base + 0.1 + 0.3 * random.standard_normal(30)[user] + 0.1 * random.standard_normal((4, 1))
+    ours = (
+        base + 0.1 + 0.3 * random.standard_normal(30)[user] + 0.1 * random.standard_normal((4, 1))
+    )
     relative, absolute = tables.interval(ours, base, user)
     drawn = []
     for _ in range(1500):
@@ -256,63 +409,122 @@ def test_interval_against_a_plain_bootstrap():
     width = np.ptp(absolute[1:])
     assert absolute[0] == pytest.approx((ours - base).mean())
     assert absolute[1:] == pytest.approx(np.percentile(a - b, (2.5, 97.5)), abs=0.08 * width)
-    assert relative[1:] == pytest.approx(np.percentile(a / b - 1, (2.5, 97.5)), abs=0.08 * np.ptp(relative[1:]))
-    shuffled = tables.interval(ours, base, random.permutation(user))[1]  # were windows independent: a clear mistake here
+    assert relative[1:] == pytest.approx(
+        np.percentile(a / b - 1, (2.5, 97.5)), abs=0.08 * np.ptp(relative[1:])
+    )
+    shuffled = tables.interval(ours, base, random.permutation(user))[
+        1
+    ]  # were windows independent: a clear mistake here
     assert np.ptp(shuffled[1:]) < 0.9 * width
 
 
 def test_seed_interval_and_power():
-    assert tables.seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5))
+    assert tables.seed_interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5)
+    )
     assert np.isnan(tables.seed_interval([1.0])[1]) and np.isnan(tables.seed_interval([])[0])
     random, user = np.random.default_rng(0), np.repeat(np.arange(400), 3)
-    found = [tables.detectable(random.standard_normal((5, 400))[:, user], user) for _ in range(20)]  # a user's windows agree
+    found = [
+        tables.detectable(random.standard_normal((5, 400))[:, user], user) for _ in range(20)
+    ]  # a user's windows agree
     exact = 2.8 * (2 / 5 / 400) ** 0.5
-    assert min(found) > 0.95 * exact and np.mean(found) < 1.35 * exact  # the larger of two estimates lies above
-    wide = tables.detectable(random.standard_normal((5, 400))[:, user] + np.array([[0.0, 1, 2, 3, 4]]).T, user)
+    assert (
+        min(found) > 0.95 * exact and np.mean(found) < 1.35 * exact
+    )  # the larger of two estimates lies above
+    wide = tables.detectable(
+        random.standard_normal((5, 400))[:, user] + np.array([[0.0, 1, 2, 3, 4]]).T, user
+    )
     assert wide == pytest.approx(2.8 * np.std([0, 1, 2, 3, 4], ddof=1) * (2 / 5) ** 0.5, rel=0.2)
 
 
-@pytest.mark.parametrize("triple, claimed, expected", [
-    ((0.2, 0.1, 0.3), 0.24, "Confirmed"), ((0.05, 0.01, 0.3), 0.24, "weaker"), ((0.1, 0.05, 0.15), 0.24, "weaker"),
-    ((0.1, -0.01, 0.3), 0.24, "not found"), ((-0.2, -0.3, -0.1), 0.24, "not found"), ((-0.3, -0.4, -0.2), -0.37, "Confirmed"),
-    ((-0.1, -0.2, -0.05), -0.37, "weaker"), ((0.3, 0.2, 0.4), -0.37, "not found"), ((-0.01, -0.02, -0.001), -1e-9, "Confirmed")])
+@pytest.mark.parametrize(
+    "triple, claimed, expected",
+    [
+        ((0.2, 0.1, 0.3), 0.24, "Confirmed"),
+        ((0.05, 0.01, 0.3), 0.24, "weaker"),
+        ((0.1, 0.05, 0.15), 0.24, "weaker"),
+        ((0.1, -0.01, 0.3), 0.24, "not found"),
+        ((-0.2, -0.3, -0.1), 0.24, "not found"),
+        ((-0.3, -0.4, -0.2), -0.37, "Confirmed"),
+        ((-0.1, -0.2, -0.05), -0.37, "weaker"),
+        ((0.3, 0.2, 0.4), -0.37, "not found"),
+        ((-0.01, -0.02, -0.001), -1e-9, "Confirmed"),
+    ],
+)
 def test_verdicts(triple, claimed, expected):
     assert tables.verdict(*triple, claimed) == expected
 
 
 # ------------------------------------------------------------------------------------------------ tables from made-up results
 
+
 @pytest.fixture
 def made_up(tmp_path):
     """Results where GDRT's NDCG@10 is 0.01 above SFT's 0.05 for every window, MGU 40% lower, ratios 1, 6 and 3 to 1."""
     random, lines = np.random.default_rng(0), []
-    user, grid = np.repeat(np.arange(20), 5), {"dataset": "ml-100k", "split": "time", "windows": 10_000, "epochs": 4}
+    user, grid = (
+        np.repeat(np.arange(20), 5),
+        {"dataset": "ml-100k", "split": "time", "windows": 10_000, "epochs": 4},
+    )
     usual = {"tau": 1.0, "groups": 4, "relevance": "gradient", "prior": "uniform"}
     specs = [("before", 0, {"loss": "before"}, 0.02, 0.10, 1)]
     for seed in range(3):
-        specs += [("sft", seed, {"loss": "sft"}, 0.05, 0.10, 6), ("gdrt", seed, {"loss": "gdrt"} | usual, 0.06, 0.06, 3),
-                  ("gdrt tau=10", seed, {"loss": "gdrt"} | usual | {"tau": 10.0}, 0.05, 0.10, 6),
-                  ("sft epochs=8", seed, {"loss": "sft", "epochs": 8}, 0.04, 0.10, 6),
-                  ("gdrt epochs=8", seed, {"loss": "gdrt", "epochs": 8} | usual, 0.05, 0.10, 6),
-                  ("sft", seed, {"loss": "sft", "windows": None}, 0.05, 0.10, 6),
-                  ("gdrt", seed, {"loss": "gdrt", "windows": None} | usual, 0.055, 0.10, 6)]
+        specs += [
+            ("sft", seed, {"loss": "sft"}, 0.05, 0.10, 6),
+            ("gdrt", seed, {"loss": "gdrt"} | usual, 0.06, 0.06, 3),
+            ("gdrt tau=10", seed, {"loss": "gdrt"} | usual | {"tau": 10.0}, 0.05, 0.10, 6),
+            ("sft epochs=8", seed, {"loss": "sft", "epochs": 8}, 0.04, 0.10, 6),
+            ("gdrt epochs=8", seed, {"loss": "gdrt", "epochs": 8} | usual, 0.05, 0.10, 6),
+            ("sft", seed, {"loss": "sft", "windows": None}, 0.05, 0.10, 6),
+            ("gdrt", seed, {"loss": "gdrt", "windows": None} | usual, 0.055, 0.10, 6),
+        ]
     (tmp_path / "windows").mkdir()
     for i, (row, seed, arguments, ndcg, mgu, ratio) in enumerate(specs):
         noise = np.random.default_rng(seed).standard_normal(100) * 0.01
-        kept = {"NDCG@10": ndcg + noise, "HR@10": ndcg + noise, "NLL": 7 - ndcg + noise, "legal NLL": 6 - ndcg + noise}
-        np.savez(tmp_path / "windows" / f"k{i}.npz", **{f"test {name}": x for name, x in kept.items()}, **{"test user": user, "test warm": user < 10})
+        kept = {
+            "NDCG@10": ndcg + noise,
+            "HR@10": ndcg + noise,
+            "NLL": 7 - ndcg + noise,
+            "legal NLL": 6 - ndcg + noise,
+        }
+        np.savez(
+            tmp_path / "windows" / f"k{i}.npz",
+            **{f"test {name}": x for name, x in kept.items()},
+            **{"test user": user, "test warm": user < 10},
+        )
         test = {name: float(x.mean()) for name, x in kept.items()} | {
-            "MGU@5": mgu + 0.001 * random.random(), "DGU@5": 2 * mgu, "coverage@10": 0.3, "group legal NLL": [3 - ndcg + 0.001 * random.random(), 1, 0.5, 0.2]}
-        lines.append({"key": f"k{i}", "row": row, "arguments": grid | {"seed": seed} | arguments, "test": test,
-                      "audit": {"ablation": {"auxiliary share": ratio / (1 + ratio) * (1 + 0.001 * random.random())}},
-                      "seconds": {"warm-up": 10, "train": 40, "relevance": 4 if row == "gdrt" else 0}})
+            "MGU@5": mgu + 0.001 * random.random(),
+            "DGU@5": 2 * mgu,
+            "coverage@10": 0.3,
+            "group legal NLL": [3 - ndcg + 0.001 * random.random(), 1, 0.5, 0.2],
+        }
+        lines.append(
+            {
+                "key": f"k{i}",
+                "row": row,
+                "arguments": grid | {"seed": seed} | arguments,
+                "test": test,
+                "audit": {
+                    "ablation": {
+                        "auxiliary share": ratio / (1 + ratio) * (1 + 0.001 * random.random())
+                    }
+                },
+                "seconds": {"warm-up": 10, "train": 40, "relevance": 4 if row == "gdrt" else 0},
+            }
+        )
     (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
 
 def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
-    groups = [[[0, 1, 2, 3], [-1, 2, 0, 3]], [[0, 1, 1, 3], [0, 0, 0, 3]], [[0, 1, 2, 3], [-1, 2, 0, 3]]]
-    for line, group in zip(tables.pick(tables.read_lines(made_up), **tables.GRID)["sft"].values(), groups):
+    groups = [
+        [[0, 1, 2, 3], [-1, 2, 0, 3]],
+        [[0, 1, 1, 3], [0, 0, 0, 3]],
+        [[0, 1, 2, 3], [-1, 2, 0, 3]],
+    ]
+    for line, group in zip(
+        tables.pick(tables.read_lines(made_up), **tables.GRID)["sft"].values(), groups
+    ):
         np.savez(made_up / "windows" / f"groups-{line['key']}.npz", group=np.array(group))
     cells = tables.sections(made_up, ("groups",))["groups"].splitlines()[2].split(" | ")
     assert cells[1:5] == ["gradient", "3", "5", f"{(3 / 5 + 3 / 5 + 1) / 3:.2f}"]
@@ -320,24 +532,49 @@ def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
 
 
 def test_statements_find_what_was_put_in(made_up):
-    header, _, *rows = [line.strip("| ").split(" | ") for line in tables.sections(made_up, ("statements",))["statements"].splitlines() if line.startswith("|")]
-    assert header[1] == "grid" and [row[1].split(": ")[1] for row in rows] == ["*weaker*"] + ["*Confirmed*"] * 6  # 20% where 24.29% is stated
+    header, _, *rows = [
+        line.strip("| ").split(" | ")
+        for line in tables.sections(made_up, ("statements",))["statements"].splitlines()
+        if line.startswith("|")
+    ]
+    assert (
+        header[1] == "grid"
+        and [row[1].split(": ")[1] for row in rows] == ["*weaker*"] + ["*Confirmed*"] * 6
+    )  # 20% where 24.29% is stated
     assert rows[0][1].startswith("**+20.0% [") and rows[-1][1].startswith("**+8% [")
 
 
-def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(made_up, capsys, tmp_path, monkeypatch):
+def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(
+    made_up, capsys, tmp_path, monkeypatch
+):
     text = tables.sections(made_up, ("grid", "dose"))
     assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
     assert [line.split("|")[1:3] for line in text["dose"].splitlines()[2:]] == [
-        [" tau ", " 1 "], [" tau ", " 10 "], [" groups ", " 4 "], [" windows ", " 10000 "], [" windows ", " all "], [" epochs ", " 4 "], [" epochs ", " 8 "]]
+        [" tau ", " 1 "],
+        [" tau ", " 10 "],
+        [" groups ", " 4 "],
+        [" windows ", " 10000 "],
+        [" windows ", " all "],
+        [" epochs ", " 4 "],
+        [" epochs ", " 8 "],
+    ]
     last = text["dose"].splitlines()[-1].split("|")
-    assert last[3].startswith(" 0.04") and last[5].startswith(" **+25.0 [")  # to SFT with as many epochs: 0.05 to 0.04
+    assert last[3].startswith(" 0.04") and last[5].startswith(
+        " **+25.0 ["
+    )  # to SFT with as many epochs: 0.05 to 0.04
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n")
+    (tmp_path / "README.md").write_text(
+        "# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n"
+    )
     tables.main(["--results", str(made_up), "--readme", "--figures"])
     tables.main(["--results", str(made_up), "--readme"])  # twice is once
     readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme and readme.startswith("# A\n<!-- q") and readme.endswith("after \\1\n") and readme.count("| sft |") == 1
+    assert (
+        "old" not in readme
+        and readme.startswith("# A\n<!-- q")
+        and readme.endswith("after \\1\n")
+        and readme.count("| sft |") == 1
+    )
     assert "<svg" in (made_up / "figures" / "dose.svg").read_text()
     whole = (made_up / "tables.md").read_text()
     assert all(f"## {name}\n" in whole for name in text) and text["dose"] in whole

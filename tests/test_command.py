@@ -1,4 +1,5 @@
 """Every flag of the three commands is run; models of other kinds go through the whole of gdrt.py."""
+
 import json
 import math
 from pathlib import Path
@@ -11,22 +12,57 @@ import evaluate
 import gdrt
 from data import load_dataset, tiny_tokenizer
 
-METHOD = {"loss": ["sft", "gdrt", "group-dro"], "relevance": "ablation", "groups": 3, "tau": 2.0, "prior": "share", "eta": 0.1, "warmup": 0.3,
-          "split": "time", "history": 4, "windows": 90, "lr": 0.001, "seed": 3, "rank_softmax": "full", "keep_seen": True}
-REST = {"loss": ["gdrt"], "relevance": "probability", "train_softmax": "trie", "temperature": 0.7, "accumulate": 2, "no_pack": True, "no_test": True}
+METHOD = {
+    "loss": ["sft", "gdrt", "group-dro"],
+    "relevance": "ablation",
+    "groups": 3,
+    "tau": 2.0,
+    "prior": "share",
+    "eta": 0.1,
+    "warmup": 0.3,
+    "split": "time",
+    "history": 4,
+    "windows": 90,
+    "lr": 0.001,
+    "seed": 3,
+    "rank_softmax": "full",
+    "keep_seen": True,
+}
+REST = {
+    "loss": ["gdrt"],
+    "relevance": "probability",
+    "train_softmax": "trie",
+    "temperature": 0.7,
+    "accumulate": 2,
+    "no_pack": True,
+    "no_test": True,
+}
 
 
 def words(arguments):
     """{"no_pack": True, "seed": 3} -> ["--no-pack", "--seed", "3"]."""
     found = []
     for name, value in arguments.items():
-        found += [f"--{name.replace('_', '-')}", *(() if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
+        found += [
+            f"--{name.replace('_', '-')}",
+            *(
+                ()
+                if value is True
+                else map(str, value)
+                if isinstance(value, list)
+                else [str(value)]
+            ),
+        ]
     return found
 
 
 def seen_flags(parser, *lines):
     """Flags of a parser that no line holds."""
-    return {action.option_strings[-1] for action in parser._actions if action.option_strings} - {word for line in lines for word in line} - {"--help"}
+    return (
+        {action.option_strings[-1] for action in parser._actions if action.option_strings}
+        - {word for line in lines for word in line}
+        - {"--help"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +70,16 @@ def runs(small, tmp_path_factory):
     """{name: (flags, folder)} of two runs whose flags, with those of `small`, are all there are."""
     out, done = tmp_path_factory.mktemp("runs"), {}
     for name, arguments in (("method", METHOD), ("rest", REST)):
-        flags = [*small, *words(arguments), "--out", str(out), "--name", name, "--cache", str(out / "cache")]
+        flags = [
+            *small,
+            *words(arguments),
+            "--out",
+            str(out),
+            "--name",
+            name,
+            "--cache",
+            str(out / "cache"),
+        ]
         gdrt.main(flags)
         done[name] = flags, out / name
     return done
@@ -42,7 +87,9 @@ def runs(small, tmp_path_factory):
 
 def test_every_flag_is_run(runs):
     elsewhere = {"--data-dir"}  # in test_data.py, on files of MovieLens' form; --resume is below
-    assert seen_flags(gdrt.parser(), *(flags for flags, _ in runs.values()), ["--resume"]) == elsewhere
+    assert (
+        seen_flags(gdrt.parser(), *(flags for flags, _ in runs.values()), ["--resume"]) == elsewhere
+    )
 
 
 @pytest.mark.parametrize("name, wanted", [("method", METHOD), ("rest", REST)])
@@ -53,21 +100,39 @@ def test_a_run_says_what_it_was_given(runs, name, wanted):
 
 def test_flags_do_what_they_say(runs):
     folder = runs["method"][1]
-    lines = {loss: [json.loads(line) for line in (folder / loss / "metrics.jsonl").read_text().splitlines()] for loss in METHOD["loss"]}
+    lines = {
+        loss: [
+            json.loads(line) for line in (folder / loss / "metrics.jsonl").read_text().splitlines()
+        ]
+        for loss in METHOD["loss"]
+    }
     shared = len((folder / "warmup" / "metrics.jsonl").read_text().splitlines())
-    assert shared == round(0.3 * (shared + len(lines["sft"]))) and all(len(x) == len(lines["sft"]) for x in lines.values())
+    assert shared == round(0.3 * (shared + len(lines["sft"]))) and all(
+        len(x) == len(lines["sft"]) for x in lines.values()
+    )
     for line in lines["gdrt"]:  # q_g ~ share_g exp(L_g / 2)
         weight = [n * math.exp(L / 2.0) for n, L in zip(line["n"], line["group_nll"])]
-        assert line["q"] == pytest.approx([w / sum(weight) for w in weight], rel=1e-4) and len(line["q"]) == 3
+        assert (
+            line["q"] == pytest.approx([w / sum(weight) for w in weight], rel=1e-4)
+            and len(line["q"]) == 3
+        )
     for line in lines["sft"]:
         assert line["q"] == pytest.approx([n / sum(line["n"]) for n in line["n"]])
-    seen = [json.loads(line) for line in (folder / "gdrt" / "predictions.jsonl").read_text().splitlines()]
+    seen = [
+        json.loads(line)
+        for line in (folder / "gdrt" / "predictions.jsonl").read_text().splitlines()
+    ]
     assert any(set(line["history"]) & set(line["titles"]) for line in seen)  # --keep-seen
     assert max(len(line["history"]) for line in seen) <= 2 * 4 - 1  # --history 4
     rest = json.loads((runs["rest"][1] / "gdrt" / "metrics.json").read_text())
     assert "valid" in rest and "test" not in rest and rest["audit"]["after"] is None
-    groups = [json.loads((runs[name][1] / "groups.json").read_text()) for name in ("method", "rest")]
-    assert [(g["relevance"], len(g["shares"])) for g in groups] == [("ablation", 3), ("probability", 4)]
+    groups = [
+        json.loads((runs[name][1] / "groups.json").read_text()) for name in ("method", "rest")
+    ]
+    assert [(g["relevance"], len(g["shares"])) for g in groups] == [
+        ("ablation", 3),
+        ("probability", 4),
+    ]
 
 
 def test_resume_of_a_finished_run_prints_its_table_again(runs, capsys):
@@ -75,23 +140,73 @@ def test_resume_of_a_finished_run_prints_its_table_again(runs, capsys):
     before = (folder / "gdrt" / "metrics.json").read_text()
     gdrt.main([*flags, "--resume"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "group-dro"))
-    assert json.loads((folder / "gdrt" / "metrics.json").read_text())["test"] == json.loads(before)["test"]
+    assert all(
+        name in shown for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "group-dro")
+    )
+    assert (
+        json.loads((folder / "gdrt" / "metrics.json").read_text())["test"]
+        == json.loads(before)["test"]
+    )
 
 
 def test_attribution_and_evaluate_take_every_flag(runs, tmp_path, capsys):
     folder = runs["method"][1] / "gdrt"
     line = json.loads((folder / "predictions.jsonl").read_text().splitlines()[-1])
-    cache = ["--cache", str(tmp_path), "--data-dir", str(tmp_path)]  # neither is looked at where the data is a folder
-    flags = [[str(folder), "--user", line["user"], "--title", line["target"], "--method", "gradient", "--steps", "3", "--html", str(tmp_path / "a.html"), *cache]]
+    cache = [
+        "--cache",
+        str(tmp_path),
+        "--data-dir",
+        str(tmp_path),
+    ]  # neither is looked at where the data is a folder
+    flags = [
+        [
+            str(folder),
+            "--user",
+            line["user"],
+            "--title",
+            line["target"],
+            "--method",
+            "gradient",
+            "--steps",
+            "3",
+            "--html",
+            str(tmp_path / "a.html"),
+            *cache,
+        ]
+    ]
     attribution.main(flags[0])
     assert line["target"] in capsys.readouterr().out and (tmp_path / "a.html").exists()
     assert not seen_flags(attribution.parser(), *flags)
     lists = tmp_path / "lists.jsonl"
     lists.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:]) + "\n")
-    dataset, flags = json.loads((folder.parent / "config.json").read_text())["arguments"]["dataset"], []
-    flags.append([str(folder), "--predictions", str(lists), "--allow-missing", "--report", str(tmp_path / "r.html"), *cache])
-    flags.append(["--dataset", dataset, "--split", "time", "--min-rating", "3", "--predictions", str(lists), "--allow-missing"])
+    dataset, flags = (
+        json.loads((folder.parent / "config.json").read_text())["arguments"]["dataset"],
+        [],
+    )
+    flags.append(
+        [
+            str(folder),
+            "--predictions",
+            str(lists),
+            "--allow-missing",
+            "--report",
+            str(tmp_path / "r.html"),
+            *cache,
+        ]
+    )
+    flags.append(
+        [
+            "--dataset",
+            dataset,
+            "--split",
+            "time",
+            "--min-rating",
+            "3",
+            "--predictions",
+            str(lists),
+            "--allow-missing",
+        ]
+    )
     for some in flags:
         evaluate.main(some)
         assert "1 windows without a list, counted as misses" in capsys.readouterr().out
@@ -104,8 +219,23 @@ def test_other_models_from_a_folder(small, tmp_path, kind, tied, capsys):
     tokenizer = tiny_tokenizer(load_dataset(small[1]))
     small_model(kind, len(tokenizer), tied).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    gdrt.main([*small, "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--name", "run", "--relevance", "ablation", "--loss", "gdrt",
-               "--windows", "24"])
+    gdrt.main(
+        [
+            *small,
+            "--model",
+            str(tmp_path / "model"),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--relevance",
+            "ablation",
+            "--loss",
+            "gdrt",
+            "--windows",
+            "24",
+        ]
+    )
     shown = capsys.readouterr()
     assert "GDRT" in shown.out and ("each runs by itself" in shown.err) == (kind == "mamba")
     evaluate.main([str(tmp_path / "run")])

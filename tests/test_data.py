@@ -1,4 +1,5 @@
 """data.py's first half: sources, parsers, titles, splits, windows. Its references are written by hand, not by data.py."""
+
 import hashlib
 import http.server
 import io
@@ -15,35 +16,84 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import InputError, Window, clean_title, load_dataset, parse_items, parse_names, parse_ratings, parse_windows, write_atomic
+from data import (
+    InputError,
+    Window,
+    clean_title,
+    load_dataset,
+    parse_items,
+    parse_names,
+    parse_ratings,
+    parse_windows,
+    write_atomic,
+)
 
 GENRES = data.FLAGS
 FILMS = [  # id, title as GroupLens writes it, genres, RecBole's title and year, title we want
-    ("1", "Usual Suspects, The (1995)", ["Crime", "Thriller"], "Usual Suspects, The", "1995", "The Usual Suspects (1995)"),
-    ("2", "Misérables, Les (1995)", ["Drama", "Musical"], "Misérables, Les", "1995", "Les Misérables (1995)"),
+    (
+        "1",
+        "Usual Suspects, The (1995)",
+        ["Crime", "Thriller"],
+        "Usual Suspects, The",
+        "1995",
+        "The Usual Suspects (1995)",
+    ),
+    (
+        "2",
+        "Misérables, Les (1995)",
+        ["Drama", "Musical"],
+        "Misérables, Les",
+        "1995",
+        "Les Misérables (1995)",
+    ),
     ("3", "unknown", ["unknown"], "unkonwn", "unkonwn", "unknown"),
-    ("4", "Land Before Time III (1995) (V)", ["Animation"], "Land Before Time III (1995)", "V", "Land Before Time III (1995) (V)"),
+    (
+        "4",
+        "Land Before Time III (1995) (V)",
+        ["Animation"],
+        "Land Before Time III (1995)",
+        "V",
+        "Land Before Time III (1995) (V)",
+    ),
     ("5", "Chasing Amy (1997) ", ["Drama"], "Chasing Amy", "1997", "Chasing Amy (1997)"),
     ("6", "Chasing Amy (1997)", ["Drama"], "Chasing Amy", "1997", "Chasing Amy (1997)"),
-    ("7", "Big Blue, The (Grand bleu, Le) (1988)", ["Drama"], "Big Blue, The (Grand bleu, Le)", "1988", "The Big Blue (Le Grand bleu) (1988)"),
+    (
+        "7",
+        "Big Blue, The (Grand bleu, Le) (1988)",
+        ["Drama"],
+        "Big Blue, The (Grand bleu, Le)",
+        "1988",
+        "The Big Blue (Le Grand bleu) (1988)",
+    ),
     ("8", "Enfer, L' (1994)", ["Drama"], "Enfer, L'", "1994", "L'Enfer (1994)"),
     ("9", "Paris, Texas (1984)", ["Drama"], "Paris, Texas", "1984", "Paris, Texas (1984)"),
 ]
-RATINGS = [(user, film, 5 - (user + film) % 2, 1000 * (film // 2) + 9000 * (user == 3))
-           for user in (1, 2, 3) for film in range(1, 10)] + [(user, 10 - user, 4, 77) for user in (1, 2)]
+RATINGS = [
+    (user, film, 5 - (user + film) % 2, 1000 * (film // 2) + 9000 * (user == 3))
+    for user in (1, 2, 3)
+    for film in range(1, 10)
+] + [(user, 10 - user, 4, 77) for user in (1, 2)]
 
 
 def grouplens(ratings=RATINGS, films=FILMS):
     flags = ["|".join(str(int(genre in film[2])) for genre in GENRES) for film in films]
-    items = "".join(f"{film[0]}|{film[1]}|01-Jan-1995||http://us.imdb.com/?{film[0]}|{flag}\n" for film, flag in zip(films, flags))
-    return {"u.data": "".join("\t".join(map(str, row)) + "\n" for row in ratings).encode(), "u.item": items.encode("latin-1")}
+    items = "".join(
+        f"{film[0]}|{film[1]}|01-Jan-1995||http://us.imdb.com/?{film[0]}|{flag}\n"
+        for film, flag in zip(films, flags)
+    )
+    return {
+        "u.data": "".join("\t".join(map(str, row)) + "\n" for row in ratings).encode(),
+        "u.item": items.encode("latin-1"),
+    }
 
 
 def recbole(ratings=RATINGS, films=FILMS, name="ml-100k"):
     items = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n" + "".join(
-        "\t".join((film[0], film[3], film[4], " ".join(film[2]))) + "\n" for film in reversed(films))
+        "\t".join((film[0], film[3], film[4], " ".join(film[2]))) + "\n" for film in reversed(films)
+    )
     inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "".join(
-        "\t".join(map(str, row)) + "\n" for row in reversed(ratings))
+        "\t".join(map(str, row)) + "\n" for row in reversed(ratings)
+    )
     return {f"{name}.inter": inter.encode(), f"{name}.item": items.encode()}
 
 
@@ -68,20 +118,34 @@ def small(monkeypatch):
     archive = zipped(grouplens())
     parsed = sorted((str(u), str(i), float(r), float(t)) for u, i, r, t in RATINGS)
     digest = hashlib.sha256(json.dumps(parsed).encode()).hexdigest()
-    monkeypatch.setitem(data.PUBLISHED, "ml-100k", (3, 9, 29, digest, (hashlib.sha256(archive).hexdigest(),)))
+    monkeypatch.setitem(
+        data.PUBLISHED, "ml-100k", (3, 9, 29, digest, (hashlib.sha256(archive).hexdigest(),))
+    )
     return archive
 
 
 # ------------------------------------------------------------------------------------------------ content
 
+
 def test_both_sources_give_one_dataset(tmp_path, small):
     (tmp_path / "ml.zip").write_bytes(small)
-    sets = [load_dataset("ml-100k", data_dir=source) for source in (
-        tmp_path / "ml.zip", fill(tmp_path / "a", grouplens()), fill(tmp_path / "b" / "ml-100k", recbole()).parent)]
+    sets = [
+        load_dataset("ml-100k", data_dir=source)
+        for source in (
+            tmp_path / "ml.zip",
+            fill(tmp_path / "a", grouplens()),
+            fill(tmp_path / "b" / "ml-100k", recbole()).parent,
+        )
+    ]
     assert len({dataset.digest for dataset in sets}) == 1
     first = sets[0]
-    assert first.titles == list(dict.fromkeys(film[5] for film in FILMS)) and first.genres[0] == ("Crime", "Thriller")
-    assert first.facts["ids merged with another of the same title"] == 1 and first.domain == "movies"
+    assert first.titles == list(dict.fromkeys(film[5] for film in FILMS)) and first.genres[0] == (
+        "Crime",
+        "Thriller",
+    )
+    assert (
+        first.facts["ids merged with another of the same title"] == 1 and first.domain == "movies"
+    )
     assert first.genres == sets[2].genres and first.train == sets[2].train
 
 
@@ -92,19 +156,32 @@ def test_windows_follow_the_definition(tmp_path):
         dataset = load_dataset(str(fill(tmp_path, recbole(ratings, films))), history=H)
         assert dataset.users == ["1", "2", "12"]
         for user, n in enumerate((36, 35, 25)):
-            mine = [[w for w in part if w.user == user] for part in (dataset.train, dataset.valid, dataset.test)]
-            assert [w.stop for w in mine[0]] == list(range(3, n - 2)) and [w.stop for w in mine[1] + mine[2]] == [n - 2, n - 1]
+            mine = [
+                [w for w in part if w.user == user]
+                for part in (dataset.train, dataset.valid, dataset.test)
+            ]
+            assert [w.stop for w in mine[0]] == list(range(3, n - 2)) and [
+                w.stop for w in mine[1] + mine[2]
+            ] == [n - 2, n - 1]
             for w in sum(mine, []):
                 assert w.items == tuple(range(n)) and w.items is mine[0][0].items
-                assert w.stop - w.start == w.stop if w.stop < 2 * H else H <= w.stop - w.start < 2 * H
+                assert (
+                    w.stop - w.start == w.stop if w.stop < 2 * H else H <= w.stop - w.start < 2 * H
+                )
                 assert w.start % H == 0
 
 
 def test_thresholds(tmp_path):
-    ratings = [(1, i, 4, i) for i in range(1, 6)] + [(2, i, 4, i) for i in range(1, 5)] + [(3, 1, 3, 1)] \
+    ratings = (
+        [(1, i, 4, i) for i in range(1, 6)]
+        + [(2, i, 4, i) for i in range(1, 5)]
+        + [(3, 1, 3, 1)]
         + [(4, i, 3.5, i) for i in range(1, 9)]
+    )
     folder = fill(tmp_path, recbole(ratings, FILMS, "x"))
-    with pytest.raises(InputError, match="no window is left to train on"):  # user 1 has just enough to validate and test
+    with pytest.raises(
+        InputError, match="no window is left to train on"
+    ):  # user 1 has just enough to validate and test
         load_dataset(str(folder))
     dataset = load_dataset(str(folder), min_rating=3.5)
     assert dataset.users == ["1", "4"] and dataset.facts["users dropped, under 5 positives"] == 2
@@ -112,17 +189,33 @@ def test_thresholds(tmp_path):
 
 
 def test_twins_keep_the_first_occurrence(tmp_path):
-    films = [(str(i), f"Film {'A' if i in (3, 7) else i}", [], f"Film {'A' if i in (3, 7) else i}", "", "") for i in range(1, 9)]
+    films = [
+        (
+            str(i),
+            f"Film {'A' if i in (3, 7) else i}",
+            [],
+            f"Film {'A' if i in (3, 7) else i}",
+            "",
+            "",
+        )
+        for i in range(1, 9)
+    ]
     dataset = load_dataset(str(fill(tmp_path, recbole([(1, i, 5, i) for i in range(1, 9)], films))))
     assert [dataset.titles[i] for i in dataset.test[0].items] == [f"Film {x}" for x in "12A4568"]
-    assert data.order_positives([("1", i, 5, moment) for i, moment in (("a", 9), ("b", 3), ("c", 1))], {"a": 0, "b": 1, "c": 0}, 4, 0) \
-        == {"1": [(1, 0), (3, 1)]}
+    assert data.order_positives(
+        [("1", i, 5, moment) for i, moment in (("a", 9), ("b", 3), ("c", 1))],
+        {"a": 0, "b": 1, "c": 0},
+        4,
+        0,
+    ) == {"1": [(1, 0), (3, 1)]}
 
 
 def test_ties_are_broken_by_the_seed_alone(tmp_path):
     tied = [(user, film, 5, 60) for user in range(1, 9) for film in range(1, 10)]
-    orders = [[w.items for w in load_dataset(str(fill(tmp_path / str(i), recbole(rows))), seed=seed).test]
-              for i, (rows, seed) in enumerate([(tied, 0), (tied[::-1], 0), (tied, 1)])]
+    orders = [
+        [w.items for w in load_dataset(str(fill(tmp_path / str(i), recbole(rows))), seed=seed).test]
+        for i, (rows, seed) in enumerate([(tied, 0), (tied[::-1], 0), (tied, 1)])
+    ]
     assert orders[0] == orders[1] != orders[2] and len(set(orders[0])) > 1
     assert load_dataset(str(tmp_path / "0")).facts["users whose last positive is tied"] == 1.0
 
@@ -130,62 +223,123 @@ def test_ties_are_broken_by_the_seed_alone(tmp_path):
 @pytest.mark.slow
 def test_windows_do_not_depend_on_pythons_hash_seed(tmp_path):
     fill(tmp_path, recbole([(user, film, 5, 60) for user in range(1, 9) for film in range(1, 10)]))
-    again = subprocess.run([sys.executable, "-c", "import sys, data; print(data.load_dataset(sys.argv[1]).digest)", tmp_path],
-                           capture_output=True, text=True, cwd=Path(data.__file__).parent, env={"PYTHONHASHSEED": "7"})
+    again = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, data; print(data.load_dataset(sys.argv[1]).digest)",
+            tmp_path,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(data.__file__).parent,
+        env={"PYTHONHASHSEED": "7"},
+    )
     assert again.stdout.strip() == load_dataset(str(tmp_path)).digest
 
 
 def test_time_split_never_cuts_a_timestamp(tmp_path):
-    ratings = [(user, film, 5, (7 * user + 3 * film) // 4) for user in range(1, 21) for film in range(1, 10)]
+    ratings = [
+        (user, film, 5, (7 * user + 3 * film) // 4)
+        for user in range(1, 21)
+        for film in range(1, 10)
+    ]
     films = [(str(i), f"Film {i}", [], f"Film {i}", "", "") for i in range(1, 10)]
     dataset = load_dataset(str(fill(tmp_path, recbole(ratings, films))), split="time")
     moment = {(str(u), f"Film {i}"): t for u, i, _, t in ratings}
-    spans = [[moment[dataset.users[w.user], dataset.titles[w.items[w.stop]]] for w in part]
-             for part in (dataset.train, dataset.valid, dataset.test)]
+    spans = [
+        [moment[dataset.users[w.user], dataset.titles[w.items[w.stop]]] for w in part]
+        for part in (dataset.train, dataset.valid, dataset.test)
+    ]
     assert max(spans[0]) < min(spans[1]) and max(spans[1]) < min(spans[2])
     assert sum(map(len, spans)) == 20 * 6 and 0.6 < len(spans[0]) / 120 <= 0.8
 
 
 def test_titles():
     assert clean_title("Fun &amp;amp; Games\t &quot;Live&quot;\n") == 'Fun & Games "Live"'
-    assert clean_title("Caf\x65\u0301") == "Café" and clean_title("a\ud800b") == "a?b" and clean_title(" \x00 ") == ""
-    assert clean_title("Book, The") == "Book, The" and clean_title("Book, A", movie=True) == "A Book"
-    assert clean_title("Cry, the Beloved Country (1995)", movie=True) == "Cry, the Beloved Country (1995)"
+    assert (
+        clean_title("Caf\x65\u0301") == "Café"
+        and clean_title("a\ud800b") == "a?b"
+        and clean_title(" \x00 ") == ""
+    )
+    assert (
+        clean_title("Book, The") == "Book, The" and clean_title("Book, A", movie=True) == "A Book"
+    )
+    assert (
+        clean_title("Cry, the Beloved Country (1995)", movie=True)
+        == "Cry, the Beloved Country (1995)"
+    )
     assert clean_title("千と千尋の神隠し (2001)", movie=True) == "千と千尋の神隠し (2001)"
 
 
 def csv_files(train, test, names):
     text = "user_id,item_ids,timestamp\n{}"
-    rows = ["".join(f'{user},"{ids}",{moment}\n' for user, ids, moment in part) for part in (train, test)]
-    return {"train.csv": text.format(rows[0]).encode(), "test.csv": text.format(rows[1]).encode(), "id2name4Rec.json": json.dumps(names).encode()}
+    rows = [
+        "".join(f'{user},"{ids}",{moment}\n' for user, ids, moment in part)
+        for part in (train, test)
+    ]
+    return {
+        "train.csv": text.format(rows[0]).encode(),
+        "test.csv": text.format(rows[1]).encode(),
+        "id2name4Rec.json": json.dumps(names).encode(),
+    }
 
 
 def test_csv_windows_stand_as_they_are(tmp_path):
-    train = [(9, [1, 2, 3], 10), (7, [1, 2], 11), (9, [1, 2, 3, 4], 12), (9, [2, 3, 4, 5], 13)] + [(5, [4, i % 5 + 1], 14 + i) for i in range(16)]
-    names = {"1": "Pen &amp; Ink", "2": "Pen & Ink", "3": " ", "4": 'A "B"', "5": "x" * 900, "6": "rest"}
-    dataset = load_dataset(str(fill(tmp_path / "Office", csv_files(train, [(7, [1, 4], 99), (7, [6, 8], 99)], names))))
-    assert dataset.titles == ["Pen & Ink", "Untitled 3", 'A "B"', "x" * 900, "rest", "Untitled 8"] and dataset.domain == "office"
-    assert len(dataset.train) == 18 and [w.items[w.stop] for w in dataset.valid] == [3, 0]  # the latest two of twenty
+    train = [(9, [1, 2, 3], 10), (7, [1, 2], 11), (9, [1, 2, 3, 4], 12), (9, [2, 3, 4, 5], 13)] + [
+        (5, [4, i % 5 + 1], 14 + i) for i in range(16)
+    ]
+    names = {
+        "1": "Pen &amp; Ink",
+        "2": "Pen & Ink",
+        "3": " ",
+        "4": 'A "B"',
+        "5": "x" * 900,
+        "6": "rest",
+    }
+    dataset = load_dataset(
+        str(fill(tmp_path / "Office", csv_files(train, [(7, [1, 4], 99), (7, [6, 8], 99)], names)))
+    )
+    assert (
+        dataset.titles == ["Pen & Ink", "Untitled 3", 'A "B"', "x" * 900, "rest", "Untitled 8"]
+        and dataset.domain == "office"
+    )
+    assert len(dataset.train) == 18 and [w.items[w.stop] for w in dataset.valid] == [
+        3,
+        0,
+    ]  # the latest two of twenty
     ours = [w for w in dataset.train if dataset.users[w.user] == "9"]
-    assert [w.items[w.start:w.stop + 1] for w in ours] == [(0, 0, 1), (0, 0, 1, 2), (0, 1, 2, 3)]
+    assert [w.items[w.start : w.stop + 1] for w in ours] == [(0, 0, 1), (0, 0, 1, 2), (0, 1, 2, 3)]
     assert ours[0].items is ours[1].items and ours[1].items is not ours[2].items
-    assert dataset.facts["ids merged with another of the same title"] == 1 and dataset.facts["test targets never in training"] == 1
+    assert (
+        dataset.facts["ids merged with another of the same title"] == 1
+        and dataset.facts["test targets never in training"] == 1
+    )
 
 
 def test_toy_is_what_it_says():
     start = time.monotonic()
     dataset = load_dataset("toy")
-    assert time.monotonic() - start < 1 and dataset.digest == load_dataset("toy").digest != load_dataset("toy", seed=1).digest
-    assert 120 <= len(dataset.titles) <= 200 and len({title.split()[0] for title in dataset.titles}) == len(dataset.titles)
+    assert (
+        time.monotonic() - start < 1
+        and dataset.digest == load_dataset("toy").digest != load_dataset("toy", seed=1).digest
+    )
+    assert 120 <= len(dataset.titles) <= 200 and len(
+        {title.split()[0] for title in dataset.titles}
+    ) == len(dataset.titles)
     tastes = [dataset.planted["tastes"][user] for user in dataset.users]
     targets = [(w.user, w.items[w.stop]) for w in dataset.train]
     for item, (title, words) in enumerate(zip(dataset.titles, dataset.planted["words"])):
         assert len(words) == len(title.split()) and words[1:] == ["bias"] * (len(words) - 1)
     taste = [(user, item) for user, item in targets if dataset.planted["words"][item][0] == "taste"]
-    assert all(dataset.genres[item][0] in tastes[user] for user, item in taste) and 0.75 < len(taste) / len(targets) < 0.9
+    assert (
+        all(dataset.genres[item][0] in tastes[user] for user, item in taste)
+        and 0.75 < len(taste) / len(targets) < 0.9
+    )
 
 
 # ------------------------------------------------------------------------------------------------ sources
+
 
 class Source(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -195,7 +349,7 @@ class Source(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         for i in range(0, len(body), 99 if pause else 1 << 20):
             time.sleep(pause)
-            self.wfile.write(body[i:i + (99 if pause else 1 << 20)])
+            self.wfile.write(body[i : i + (99 if pause else 1 << 20)])
 
     def log_message(self, *_):
         pass
@@ -207,22 +361,41 @@ def server(monkeypatch):
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(data, "GROUPLENS", f"http://127.0.0.1:{server.server_port}/{{}}.zip")
     monkeypatch.setattr(data, "SILENCE", 0.2), monkeypatch.setattr(data, "DEADLINE", 0.5)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess("pip", 1, "", "ERROR: offline"))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda *_, **__: subprocess.CompletedProcess("pip", 1, "", "ERROR: offline"),
+    )
     yield server
     server.shutdown(), server.server_close()
 
 
 @pytest.mark.parametrize("answer", ["404", "html", "half", "another", "hanging", "trickle"])
 def test_bad_answers(answer, server, small, tmp_path, capsys):
-    another = zipped(grouplens(films=[("1", "Toy Story (1995)", *FILMS[0][2:]), *FILMS[1:]]))  # whole, with the right ratings
-    server.answer = {"404": (404, b"gone", 0), "html": (200, b"<html>busy</html>", 0), "half": (200, small[:500], 0),
-                     "another": (200, another, 0), "hanging": (200, small, 3), "trickle": (200, small, 0.15)}[answer]
+    another = zipped(
+        grouplens(films=[("1", "Toy Story (1995)", *FILMS[0][2:]), *FILMS[1:]])
+    )  # whole, with the right ratings
+    server.answer = {
+        "404": (404, b"gone", 0),
+        "html": (200, b"<html>busy</html>", 0),
+        "half": (200, small[:500], 0),
+        "another": (200, another, 0),
+        "hanging": (200, small, 3),
+        "trickle": (200, small, 0.15),
+    }[answer]
     start = time.monotonic()
-    with pytest.raises(InputError, match="--dataset ml-100k: no source answers; download ml-100k.zip .* --data-dir ml-100k.zip"):
+    with pytest.raises(
+        InputError,
+        match="--dataset ml-100k: no source answers; download ml-100k.zip .* --data-dir ml-100k.zip",
+    ):
         load_dataset("ml-100k", cache=tmp_path / "cache")
     told = capsys.readouterr().err
     assert time.monotonic() - start < 2 and not (tmp_path / "cache").exists()
-    assert told.count("reading") == 2 and told.count("left") == 2 and "pip download failed: ERROR: offline" in told
+    assert (
+        told.count("reading") == 2
+        and told.count("left") == 2
+        and "pip download failed: ERROR: offline" in told
+    )
 
 
 def test_cache(server, small, tmp_path, capsys):
@@ -237,10 +410,15 @@ def test_cache(server, small, tmp_path, capsys):
         with pytest.raises(InputError):
             load_dataset("ml-100k", cache=tmp_path)
         server.answer = 200, small, 0
-        assert load_dataset("ml-100k", cache=tmp_path).digest == digest and (tmp_path / "ml-100k.zip").read_bytes() == small
+        assert (
+            load_dataset("ml-100k", cache=tmp_path).digest == digest
+            and (tmp_path / "ml-100k.zip").read_bytes() == small
+        )
     (tmp_path / "file").touch()
     capsys.readouterr()
-    assert load_dataset("ml-100k", cache=tmp_path / "file").digest == digest  # a cache that cannot be written
+    assert (
+        load_dataset("ml-100k", cache=tmp_path / "file").digest == digest
+    )  # a cache that cannot be written
     assert "going on without a cache" in capsys.readouterr().err
 
 
@@ -250,70 +428,143 @@ def test_write_atomic_keeps_the_old_file(fault, tmp_path, monkeypatch):
 
     def fail(*_):
         raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch:
         patch.setattr(data.os, "fsync" if fault == "write" else fault, fail)
         with pytest.raises(OSError):
             write_atomic(tmp_path / "sub" / "a", b"new")
-    assert [(path.name, path.read_text()) for path in (tmp_path / "sub").iterdir()] == [("a", "old")]
+    assert [(path.name, path.read_text()) for path in (tmp_path / "sub").iterdir()] == [
+        ("a", "old")
+    ]
     write_atomic(tmp_path / "sub" / "a", b"new")
     assert (tmp_path / "sub" / "a").read_text() == "new"
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
+
 def test_flags_and_folders(tmp_path, small):
-    for arguments in ({"name": "ml-10m"}, {"name": "toy", "split": "random"}, {"name": "toy", "history": 0},
-                      {"name": str(tmp_path)}, {"name": "toy", "min_rating": 6}, {"name": "ml-100k", "data_dir": tmp_path},
-                      {"name": "ml-100k", "data_dir": tmp_path / "none.zip"},
-                      {"name": "ml-1m", "data_dir": fill(tmp_path / "wrong", recbole(name="ml-1m"))},
-                      {"name": "ml-100k", "data_dir": fill(tmp_path / "short", grouplens(RATINGS[1:]))},
-                      {"name": "ml-100k", "data_dir": fill(tmp_path / "other", grouplens([(1, 1, 1, 1), *RATINGS[1:]]))}):
+    for arguments in (
+        {"name": "ml-10m"},
+        {"name": "toy", "split": "random"},
+        {"name": "toy", "history": 0},
+        {"name": str(tmp_path)},
+        {"name": "toy", "min_rating": 6},
+        {"name": "ml-100k", "data_dir": tmp_path},
+        {"name": "ml-100k", "data_dir": tmp_path / "none.zip"},
+        {"name": "ml-1m", "data_dir": fill(tmp_path / "wrong", recbole(name="ml-1m"))},
+        {"name": "ml-100k", "data_dir": fill(tmp_path / "short", grouplens(RATINGS[1:]))},
+        {
+            "name": "ml-100k",
+            "data_dir": fill(tmp_path / "other", grouplens([(1, 1, 1, 1), *RATINGS[1:]])),
+        },
+    ):
         with pytest.raises(InputError) as caught:
             load_dataset(**arguments)
         assert str(caught.value).startswith("--") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("ratings, films", [
-    ([(1, 1, 5, 1)], FILMS), ([(1, i, 5, i) for i in range(1, 10)], FILMS[:1]), ([(1, 1, 5, i) for i in range(9)], FILMS[:1]),
-    ([(i, 1, 5, i) for i in range(9)], FILMS[:1]), ([], FILMS), (RATINGS, [])])
+@pytest.mark.parametrize(
+    "ratings, films",
+    [
+        ([(1, 1, 5, 1)], FILMS),
+        ([(1, i, 5, i) for i in range(1, 10)], FILMS[:1]),
+        ([(1, 1, 5, i) for i in range(9)], FILMS[:1]),
+        ([(i, 1, 5, i) for i in range(9)], FILMS[:1]),
+        ([], FILMS),
+        (RATINGS, []),
+    ],
+)
 def test_tiny_folders_work_or_say_why(ratings, films, tmp_path):
     for split in ("leave-one-out", "time"):
         try:
             dataset = load_dataset(str(fill(tmp_path, recbole(ratings, films))), split=split)
             assert dataset.train and dataset.valid and dataset.test
-            assert all(0 <= w.start < w.stop < len(w.items) for w in dataset.train + dataset.valid + dataset.test)
+            assert all(
+                0 <= w.start < w.stop < len(w.items)
+                for w in dataset.train + dataset.valid + dataset.test
+            )
         except InputError as error:
             assert "--dataset" in str(error)
 
 
 def test_errors_name_file_and_line():
     for parse, name, content, place in [
-            (parse_ratings, "u.data", b"1\t2\t3\t4\n1\t2\t3\n", "u.data:2"), (parse_ratings, "u.data", b"1\t2\tnan\t4", "u.data:1"),
-            (parse_ratings, "u.data", b"1\t2\t3\t-1e999\n", "u.data:1"),
-            (parse_items, "u.item", b"\n1|Toy Story (1995)|x", "u.item:2"), (parse_ratings, "ratings.dat", b"1::2::3", "ratings.dat:1"),
-            (parse_ratings, "x.inter", b"user_id:token\titem_id:token\n", "x.inter:1.*timestamp"),
-            (parse_items, "x.item", b"item_id:token\ttitle:token\n1\ta\tb", "x.item:2"),
-            (parse_windows, "train.csv", b"user_id,item_ids,timestamp\n1,[2],3", "train.csv:2"),
-            (parse_windows, "train.csv", b"user_id,timestamp\n1,3", "train.csv:2"), (parse_names, "id2name4Rec.json", b'{"1": ', "not whole JSON")]:
+        (parse_ratings, "u.data", b"1\t2\t3\t4\n1\t2\t3\n", "u.data:2"),
+        (parse_ratings, "u.data", b"1\t2\tnan\t4", "u.data:1"),
+        (parse_ratings, "u.data", b"1\t2\t3\t-1e999\n", "u.data:1"),
+        (parse_items, "u.item", b"\n1|Toy Story (1995)|x", "u.item:2"),
+        (parse_ratings, "ratings.dat", b"1::2::3", "ratings.dat:1"),
+        (parse_ratings, "x.inter", b"user_id:token\titem_id:token\n", "x.inter:1.*timestamp"),
+        (parse_items, "x.item", b"item_id:token\ttitle:token\n1\ta\tb", "x.item:2"),
+        (parse_windows, "train.csv", b"user_id,item_ids,timestamp\n1,[2],3", "train.csv:2"),
+        (parse_windows, "train.csv", b"user_id,timestamp\n1,3", "train.csv:2"),
+        (parse_names, "id2name4Rec.json", b'{"1": ', "not whole JSON"),
+    ]:
         with pytest.raises(InputError, match=place):
             parse(content, name)
 
 
-WHOLE = {**grouplens(), **recbole(name="x"), "movies.dat": b"1::Toy Story (1995)::Animation|Comedy\n", "ratings.dat": b"1::1::5::978300760\n",
-         "train.csv": b'user_id,item_ids,timestamp\n1,"[2, 3, 4]",5\n', "id2name4Rec.json": b'{"1": "Pen", "2": "Ink"}'}
-PIECES = [b"\t", b"|", b"::", b"\n", b"\r", b",", b'"', b"[1, 2]", b"{", b"}", b'{"1": "a"}', b"[" * 2000, b"1", b"-1e999", b"nan", b"\x00", b"\xff",
-          b"\xef\xbb\xbf", b"user_id:token", b"item_id:token", b"timestamp:float", b"rating:float", b"movie_title:token_seq", b"item_ids", b"x"]
+WHOLE = {
+    **grouplens(),
+    **recbole(name="x"),
+    "movies.dat": b"1::Toy Story (1995)::Animation|Comedy\n",
+    "ratings.dat": b"1::1::5::978300760\n",
+    "train.csv": b'user_id,item_ids,timestamp\n1,"[2, 3, 4]",5\n',
+    "id2name4Rec.json": b'{"1": "Pen", "2": "Ink"}',
+}
+PIECES = [
+    b"\t",
+    b"|",
+    b"::",
+    b"\n",
+    b"\r",
+    b",",
+    b'"',
+    b"[1, 2]",
+    b"{",
+    b"}",
+    b'{"1": "a"}',
+    b"[" * 2000,
+    b"1",
+    b"-1e999",
+    b"nan",
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"user_id:token",
+    b"item_id:token",
+    b"timestamp:float",
+    b"rating:float",
+    b"movie_title:token_seq",
+    b"item_ids",
+    b"x",
+]
 
 
-@pytest.mark.parametrize("parse, name", [(parse_ratings, "u.data"), (parse_items, "u.item"), (parse_ratings, "ratings.dat"),
-                                         (parse_items, "movies.dat"), (parse_ratings, "x.inter"), (parse_items, "x.item"),
-                                         (parse_windows, "train.csv"), (parse_names, "id2name4Rec.json")])
+@pytest.mark.parametrize(
+    "parse, name",
+    [
+        (parse_ratings, "u.data"),
+        (parse_items, "u.item"),
+        (parse_ratings, "ratings.dat"),
+        (parse_items, "movies.dat"),
+        (parse_ratings, "x.inter"),
+        (parse_items, "x.item"),
+        (parse_windows, "train.csv"),
+        (parse_names, "id2name4Rec.json"),
+    ],
+)
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_parsers_refuse_or_read_anything(parse, name, draw):
-    noise = draw.draw(st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join))
+    noise = draw.draw(
+        st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
+    )
     at, cut = draw.draw(st.integers(0, len(WHOLE[name]))), draw.draw(st.integers(0, 80))
-    content = draw.draw(st.sampled_from([noise, WHOLE[name][:at] + noise + WHOLE[name][at + cut:]]))
+    content = draw.draw(
+        st.sampled_from([noise, WHOLE[name][:at] + noise + WHOLE[name][at + cut :]])
+    )
     try:
         parsed = parse(content, name)
     except InputError as error:
@@ -330,7 +581,14 @@ def test_parsers_refuse_or_read_anything(parse, name, draw):
 @pytest.mark.network
 def test_ml_100k_arrives(tmp_path):
     dataset = load_dataset("ml-100k", cache=tmp_path)
-    assert len(dataset.titles) == 1664 and dataset.facts["ids merged with another of the same title"] == 18
+    assert (
+        len(dataset.titles) == 1664
+        and dataset.facts["ids merged with another of the same title"] == 18
+    )
     assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (50505, 938, 938)
     assert dataset.digest == load_dataset("ml-100k", cache=tmp_path).digest
-    assert not [title for title in dataset.titles if title.split(" (")[0].endswith((", The", ", A", ", Les"))]
+    assert not [
+        title
+        for title in dataset.titles
+        if title.split(" (")[0].endswith((", The", ", A", ", Les"))
+    ]

@@ -1,4 +1,5 @@
 """Ranks and micro-batches change nothing: gradients, q and training curves of real gloo processes against one process."""
+
 import json
 import os
 import re
@@ -16,7 +17,12 @@ import gdrt
 from data import build_trees
 
 K = 4
-OBJECTIVES = {"sft": gdrt.sft, "gdrt": gdrt.gdrt(0.7, "uniform"), "gdrt by share": gdrt.gdrt(0.7, "share"), "group-dro": gdrt.group_dro(0.5)}
+OBJECTIVES = {
+    "sft": gdrt.sft,
+    "gdrt": gdrt.gdrt(0.7, "uniform"),
+    "gdrt by share": gdrt.gdrt(0.7, "share"),
+    "group-dro": gdrt.group_dro(0.5),
+}
 
 
 def world():
@@ -27,15 +33,20 @@ def world():
     group = torch.randint(0, 2, prompts.trie.path.shape, generator=torch.Generator().manual_seed(5))
     targets = [set(tree.item.tolist()) for tree in trees]
     for g, tree in (3, 0), (2, 1):
-        for item in targets[tree] - set.union(*(items for other, items in enumerate(targets) if other != tree)):
+        for item in targets[tree] - set.union(
+            *(items for other, items in enumerate(targets) if other != tree)
+        ):
             group[item] = g
     return model, prompts, trees, group
 
 
 class Watched(torch.optim.SGD):
     """Keeps the gradient that it is given."""
+
     def step(self):
-        self.seen = torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]])
+        self.seen = torch.cat(
+            [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        )
 
 
 def gradients(job, trees):
@@ -45,7 +56,16 @@ def gradients(job, trees):
         model, prompts, every, group = world()
         optimizer = Watched(model.parameters(), lr=0.1)
         log_q = torch.log_softmax(torch.tensor([0.1, 0.5, -0.3, 0.2]), 0)
-        log_q, line = gdrt.update(model.train(), optimizer, [every[i] for i in trees], prompts, group, objective, log_q, job)
+        log_q, line = gdrt.update(
+            model.train(),
+            optimizer,
+            [every[i] for i in trees],
+            prompts,
+            group,
+            objective,
+            log_q,
+            job,
+        )
         found[name] = optimizer.seen, line, log_q
     return found
 
@@ -59,23 +79,44 @@ def curves(job):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         log_q = torch.full((K,), 0.25).log()
         for update in updates:
-            log_q, line = gdrt.update(model.train(), optimizer, [trees[i] for i in update], prompts, group, objective, log_q, job)
+            log_q, line = gdrt.update(
+                model.train(),
+                optimizer,
+                [trees[i] for i in update],
+                prompts,
+                group,
+                objective,
+                log_q,
+                job,
+            )
             lines.append(line)
         found[name] = lines, torch.cat([p.detach().flatten() for p in model.parameters()])
     return found
 
 
-BATCHES = {"uneven, groups on one rank": [0, 1, 2, 3, 4, 5, 6], "groups absent": [4, 5], "a rank without a tree": [0]}
+BATCHES = {
+    "uneven, groups on one rank": [0, 1, 2, 3, 4, 5, 6],
+    "groups absent": [4, 5],
+    "a rank without a tree": [0],
+}
 
 
 def all_cases(job):
-    return {name: gradients(job, trees) for name, trees in BATCHES.items()} | {"curves": curves(job)}
+    return {name: gradients(job, trees) for name, trees in BATCHES.items()} | {
+        "curves": curves(job)
+    }
 
 
 def as_rank(rank, ranks, port, function, *args):
     """For `start`: function(*args) as this rank of `ranks`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     function(*args)
 
@@ -83,7 +124,9 @@ def as_rank(rank, ranks, port, function, *args):
 def save_all_cases(folder):
     job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"]))
     for accumulate in 1, 2:
-        torch.save(all_cases(job._replace(accumulate=accumulate)), f"{folder}/{accumulate}-{job.rank}.pt")
+        torch.save(
+            all_cases(job._replace(accumulate=accumulate)), f"{folder}/{accumulate}-{job.rank}.pt"
+        )
 
 
 def on_ranks(ranks, function, *args_of_rank):
@@ -91,7 +134,9 @@ def on_ranks(ranks, function, *args_of_rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [start(as_rank, rank, ranks, port, function, *args_of_rank[0](rank)) for rank in range(ranks)]
+    started = [
+        start(as_rank, rank, ranks, port, function, *args_of_rank[0](rank)) for rank in range(ranks)
+    ]
     for process in started:
         process.join(180)
     hung = [rank for rank, process in enumerate(started) if process.is_alive()]
@@ -114,7 +159,9 @@ def cases(tmp_path_factory):
         found[2, accumulate] = torch.load(folder / f"{accumulate}-0.pt", weights_only=True)
         other = torch.load(folder / f"{accumulate}-1.pt", weights_only=True)
         for name in OBJECTIVES:
-            assert torch.equal(found[2, accumulate]["curves"][name][1], other["curves"][name][1]), "ranks drift apart"
+            assert torch.equal(found[2, accumulate]["curves"][name][1], other["curves"][name][1]), (
+                "ranks drift apart"
+            )
     return found
 
 
@@ -126,7 +173,9 @@ def test_the_cases_are_what_they_are_meant_to_be():
     assert all(3 not in g for g in groups[1:]) and all(2 not in g for g in groups[:1] + groups[2:])
 
 
-@pytest.mark.parametrize("setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"])
+@pytest.mark.parametrize(
+    "setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients_and_q_are_those_of_one_pass(cases, setting, name):
     for batch in BATCHES:
@@ -135,12 +184,16 @@ def test_gradients_and_q_are_those_of_one_pass(cases, setting, name):
         assert expected.norm() > 0.01
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), batch
         assert torch.allclose(log_q, single_log_q, atol=1e-5), batch
-        assert line["n"] == single["n"] and (0 in line["n"]) == (batch != "uneven, groups on one rank")
+        assert line["n"] == single["n"] and (0 in line["n"]) == (
+            batch != "uneven, groups on one rank"
+        )
         for key in "loss", "nll", "group_nll", "q", "grad_norm":
             assert line[key] == pytest.approx(single[key], rel=1e-5, abs=1e-6), (batch, key)
 
 
-@pytest.mark.parametrize("setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"])
+@pytest.mark.parametrize(
+    "setting", [(1, 2), (2, 1), (2, 2)], ids=["accumulated", "2 ranks", "2 ranks, accumulated"]
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_curves_are_those_of_one_pass(cases, setting, name):
     lines, weights = cases[setting]["curves"][name]
@@ -155,7 +208,9 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
     """The reference of the tests above is itself right: update() against backward through gdrt_loss."""
     model, prompts, trees, group = world()
     batch = gdrt.collate(trees)
-    nll = torch.nn.functional.cross_entropy(gdrt.target_logits(model, batch), batch.label, reduction="none")
+    nll = torch.nn.functional.cross_entropy(
+        gdrt.target_logits(model, batch), batch.label, reduction="none"
+    )
     loss, q, _ = gdrt.gdrt_loss(nll, group[batch.item, batch.step], K, 0.7)
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -167,8 +222,11 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
 
 # ------------------------------------------------------------------------------------------------ the command
 
+
 def lines_of(folder, stage):
-    return [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -185,19 +243,39 @@ def one(steady, tmp_path_factory):
 def test_torchrun_trains_what_one_process_trains(one):
     """The whole command under the real torchrun: rank 0 alone evaluates and writes."""
     flags, folder = one
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          str(ROOT / "gdrt.py"), *flags, "--name", "two"], capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(ROOT / "gdrt.py"),
+            *flags,
+            "--name",
+            "two",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("popularity") == 1, "both ranks print"
-    assert sorted(str(p.relative_to(folder / "two")) for p in (folder / "two").rglob("*")) == sorted(
-        str(p.relative_to(folder / "one")) for p in (folder / "one").rglob("*"))
+    assert sorted(
+        str(p.relative_to(folder / "two")) for p in (folder / "two").rglob("*")
+    ) == sorted(str(p.relative_to(folder / "one")) for p in (folder / "one").rglob("*"))
     for stage in "warmup", "sft", "gdrt", "group-dro":
         one, two = lines_of(folder / "one", stage), lines_of(folder / "two", stage)
         for a, b in zip(one, two, strict=True):
             assert a["step"] == b["step"] and a["n"] == b["n"]
             for key in "loss", "nll", "group_nll", "q":
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (stage, a["step"], key)
-    metrics = [json.loads((folder / name / "gdrt" / "metrics.json").read_text())["test"] for name in ("one", "two")]
+    metrics = [
+        json.loads((folder / name / "gdrt" / "metrics.json").read_text())["test"]
+        for name in ("one", "two")
+    ]
     assert metrics[0]["NLL"] == pytest.approx(metrics[1]["NLL"], rel=1e-4)
 
 
@@ -205,7 +283,9 @@ def patient():
     job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
     gdrt.barrier(job)  # rank 0 holds the store: gone too soon, it would take rank 1's start with it
     options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
-    assert options._timeout.total_seconds() > 86400, "ranks that wait for an evaluation of hours give up"
+    assert options._timeout.total_seconds() > 86400, (
+        "ranks that wait for an evaluation of hours give up"
+    )
 
 
 def test_ranks_wait_as_long_as_an_evaluation_takes():
@@ -227,15 +307,23 @@ def fail_on_rank_0(name):
         if os.environ["RANK"] == "0":
             raise OSError(28, "No space left on device", "checkpoint.pt")
         return original(*args, **more)
+
     setattr(gdrt, name, failing)
 
 
 @pytest.mark.parametrize("name", ["save_checkpoint", "evaluate_model"])
 def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
     flags = [*steady, "--loss", "sft", "--out", str(tmp_path)]
-    codes = on_ranks(2, command, lambda rank: (flags, tmp_path / f"log{rank}", fail_on_rank_0, name))
+    codes = on_ranks(
+        2, command, lambda rank: (flags, tmp_path / f"log{rank}", fail_on_rank_0, name)
+    )
     assert codes[0] == 2 and codes[1] != 0
-    assert (tmp_path / "log0").read_text().splitlines()[-1].startswith("gdrt.py: checkpoint.pt: No space left on device;")
+    assert (
+        (tmp_path / "log0")
+        .read_text()
+        .splitlines()[-1]
+        .startswith("gdrt.py: checkpoint.pt: No space left on device;")
+    )
 
 
 def press_on_rank_1(number):
@@ -246,16 +334,37 @@ def press_on_rank_1(number):
         if len(calls) == number and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)  # what torchrun makes of Ctrl-C
         return original(*args, **more)
+
     gdrt.update = pressed
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_update(steady, tmp_path):
-    flags = [*steady, "--out", str(tmp_path), "--name", "two", "--loss", "gdrt", "--windows", "60", "--no-test"]
-    assert on_ranks(2, command, lambda rank: (flags, tmp_path / f"log{rank}", press_on_rank_1, 2)) == [130, 130]
+    flags = [
+        *steady,
+        "--out",
+        str(tmp_path),
+        "--name",
+        "two",
+        "--loss",
+        "gdrt",
+        "--windows",
+        "60",
+        "--no-test",
+    ]
+    assert on_ranks(
+        2, command, lambda rank: (flags, tmp_path / f"log{rank}", press_on_rank_1, 2)
+    ) == [130, 130]
     assert torch.load(tmp_path / "two" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == 2
     words = (tmp_path / "log0").read_text().splitlines()[-1]
-    again = re.fullmatch(r"interrupted; go on with: torchrun --nproc-per-node 2 gdrt.py (.* --resume)", words)[1]
+    again = re.fullmatch(
+        r"interrupted; go on with: torchrun --nproc-per-node 2 gdrt.py (.* --resume)", words
+    )[1]
     assert "interrupted" not in (tmp_path / "log1").read_text()
-    assert on_ranks(2, command, lambda rank: (shlex.split(again), tmp_path / f"log{rank}")) == [0, 0]
-    steps = [line["step"] for stage in ("warmup", "gdrt") for line in lines_of(tmp_path / "two", stage)]
+    assert on_ranks(2, command, lambda rank: (shlex.split(again), tmp_path / f"log{rank}")) == [
+        0,
+        0,
+    ]
+    steps = [
+        line["step"] for stage in ("warmup", "gdrt") for line in lines_of(tmp_path / "two", stage)
+    ]
     assert steps == list(range(len(steps))) and len(steps) > 6

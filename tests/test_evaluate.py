@@ -1,4 +1,5 @@
 """Held-out likelihood, the audit and the command: against separate prompts, explicit forwards, and what training wrote."""
+
 import json
 import shutil
 import sys
@@ -6,7 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import continuations, prompt_of, random_prompts, random_windows, separate_logits, small_model
+from conftest import (
+    continuations,
+    prompt_of,
+    random_prompts,
+    random_windows,
+    separate_logits,
+    small_model,
+)
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -19,20 +27,39 @@ def world(users=5, seed=0):
     prompts = random_prompts(seed)
     windows = random_windows(len(prompts.titles), seed, users)
     titles = [f"Title {i}" for i in range(len(prompts.titles))]
-    dataset = Dataset("small", "movies", titles, [("A",)] * len(titles), [f"u{i}" for i in range(users)], windows, windows, windows, {}, None, "")
+    dataset = Dataset(
+        "small",
+        "movies",
+        titles,
+        [("A",)] * len(titles),
+        [f"u{i}" for i in range(users)],
+        windows,
+        windows,
+        windows,
+        {},
+        None,
+        "",
+    )
     return small_model(seed=seed), prompts, windows, dataset
 
 
 def by_hand(model, prompts, window):
     """(full, legal) NLL (L,) of the target's tokens, EOS included, on the separate prompt."""
-    labels, legal = prompts.titles[window.items[window.stop]] + [prompts.eos], continuations(prompts)
+    labels, legal = (
+        prompts.titles[window.items[window.stop]] + [prompts.eos],
+        continuations(prompts),
+    )
     with torch.no_grad():
         logits = separate_logits(model, prompts, window).double()
     full = [float(z.logsumexp(0) - z[y]) for z, y in zip(logits, labels)]
-    return full, [float(z[legal[tuple(labels[:j])]].logsumexp(0) - z[y]) for j, (z, y) in enumerate(zip(logits, labels))]
+    return full, [
+        float(z[legal[tuple(labels[:j])]].logsumexp(0) - z[y])
+        for j, (z, y) in enumerate(zip(logits, labels))
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ held-out likelihood
+
 
 def test_nlls_are_those_of_separate_prompts():
     model, prompts, windows, dataset = world()
@@ -44,17 +71,24 @@ def test_nlls_are_those_of_separate_prompts():
         full.append(sum(tokens[0])), legal.append(sum(tokens[1]))
         for j, pair in enumerate(zip(*tokens)):
             groups[group[window.items[window.stop], j]].append(pair)
-    assert each["NLL"] == pytest.approx(full, abs=1e-4) and each["legal NLL"] == pytest.approx(legal, abs=1e-4)
-    assert metrics["NLL"] == pytest.approx(np.mean(full), abs=1e-4) and metrics["legal NLL"] == pytest.approx(np.mean(legal), abs=1e-4)
+    assert each["NLL"] == pytest.approx(full, abs=1e-4) and each["legal NLL"] == pytest.approx(
+        legal, abs=1e-4
+    )
+    assert metrics["NLL"] == pytest.approx(np.mean(full), abs=1e-4) and metrics[
+        "legal NLL"
+    ] == pytest.approx(np.mean(legal), abs=1e-4)
     means = [np.mean(groups[g], 0) for g in range(3)]
     assert metrics["group NLL"] == [*(pytest.approx(m[0], abs=1e-4) for m in means), None]
     assert metrics["group legal NLL"] == [*(pytest.approx(m[1], abs=1e-4) for m in means), None]
     assert metrics["worst group NLL"] == pytest.approx(max(m[0] for m in means), abs=1e-4)
-    assert metrics["NDCG@10"] == pytest.approx(each["NDCG@10"].mean()) and len(ranking.items) == len(windows)
+    assert metrics["NDCG@10"] == pytest.approx(each["NDCG@10"].mean()) and len(
+        ranking.items
+    ) == len(windows)
     json.dumps(metrics)
 
 
 # ------------------------------------------------------------------------------------------------ audit
+
 
 def attribution_by_hand(model, prompts, window, points=None):
     """{"aux" | "user": A (L,)} on the separate prompt: by ablation, or by one backward a token at the path's midpoints."""
@@ -65,11 +99,12 @@ def attribution_by_hand(model, prompts, window, points=None):
     user = torch.zeros(len(E), 1)
     user[first:last] = 1
     aux = 1 - user
-    aux[:len(prompts.bos)] = 0
+    aux[: len(prompts.bos)] = 0
 
     def log_prob(embeds):
-        logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1:]
+        logits = model(inputs_embeds=embeds[None], use_cache=False).logits[0, len(prompt) - 1 :]
         return logits.log_softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
+
     found = {}
     for name, inside in (("aux", aux), ("user", user)):
         delta = (E - weight.mean(0)) * inside
@@ -93,18 +128,26 @@ def test_auxiliary_shares_by_hand():
     found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
     for method, points in (("ablation", None), ("gradient", 4)):
         tokens = []  # (step, group, |A_aux|, |A_user|)
-        for window in windows[::5 if method == "gradient" else 1]:
+        for window in windows[:: 5 if method == "gradient" else 1]:
             A = attribution_by_hand(model, prompts, window, points)
-            tokens += [(j, group[window.items[window.stop], j], abs(a), abs(u)) for j, (a, u) in enumerate(zip(A["aux"], A["user"]))]
+            tokens += [
+                (j, group[window.items[window.stop], j], abs(a), abs(u))
+                for j, (a, u) in enumerate(zip(A["aux"], A["user"]))
+            ]
 
         def share(some):
             aux, user = (sum(token[i] for token in tokens if some(token)) for i in (2, 3))
             return pytest.approx(aux / (aux + user), rel=1e-3) if aux + user else None
+
         assert found[method]["auxiliary share"] == share(lambda token: True)
         assert found[method]["auxiliary share first"] == share(lambda token: token[0] == 0)
-        assert found[method]["by group"] == [share(lambda token, g=g: token[1] == g) for g in range(4)]
+        assert found[method]["by group"] == [
+            share(lambda token, g=g: token[1] == g) for g in range(4)
+        ]
         places = min(8, 1 + max(token[0] for token in tokens))
-        assert found[method]["by position"] == [share(lambda token, j=j: token[0] == j) for j in range(places)]
+        assert found[method]["by position"] == [
+            share(lambda token, j=j: token[0] == j) for j in range(places)
+        ]
     assert found["ablation"]["by group"][3] is None and found["windows"] == len(windows)
     assert found["legal ablation"]["auxiliary share"] != found["ablation"]["auxiliary share"]
 
@@ -113,35 +156,56 @@ def test_the_audit_reads_a_sample(monkeypatch):
     model, prompts, windows, _ = world(users=3)
     monkeypatch.setattr(evaluate, "AUDITED", 5)
     chosen = sorted(np.random.default_rng(0).permutation(len(windows))[:5].tolist())
-    sampled, alone = (evaluate.audit(model, prompts, some, None, 0, ndcg) for some, ndcg in (
-        (windows, np.arange(12.0)), ([windows[i] for i in chosen], np.array(chosen, dtype=float))))
+    sampled, alone = (
+        evaluate.audit(model, prompts, some, None, 0, ndcg)
+        for some, ndcg in (
+            (windows, np.arange(12.0)),
+            ([windows[i] for i in chosen], np.array(chosen, dtype=float)),
+        )
+    )
     assert sampled == alone and sampled["windows"] == 5 and "by group" not in sampled["ablation"]
 
 
 @pytest.mark.parametrize("counts", [[1] * 9, [4] * 6, [7, 1, 1, 5, 1], [3, 3], [2, 1, 1]])
 def test_histories_are_shuffled_between_users(counts):
     """Each history once, never to a user of its own; targets stay."""
-    windows = [Window(user, tuple(range(20 * user, 20 * user + 12)), j, j + 3) for user, n in enumerate(counts) for j in range(n)]
+    windows = [
+        Window(user, tuple(range(20 * user, 20 * user + 12)), j, j + 3)
+        for user, n in enumerate(counts)
+        for j in range(n)
+    ]
     source = np.random.default_rng(0)
     windows = [windows[i] for i in source.permutation(len(windows))]
     for seed in range(5):
         shuffled = evaluate.shuffle_histories(windows, seed)
         for own, got in zip(windows, shuffled):
-            assert got.items[got.stop] == own.items[own.stop] and got.user == own.user and len(got.items[got.start:got.stop]) == 3
-            assert all(item // 20 != own.user for item in got.items[got.start:got.stop])
-        assert sorted(w.items[w.start:w.stop] for w in shuffled) == sorted(w.items[w.start:w.stop] for w in windows)
+            assert (
+                got.items[got.stop] == own.items[own.stop]
+                and got.user == own.user
+                and len(got.items[got.start : got.stop]) == 3
+            )
+            assert all(item // 20 != own.user for item in got.items[got.start : got.stop])
+        assert sorted(w.items[w.start : w.stop] for w in shuffled) == sorted(
+            w.items[w.start : w.stop] for w in windows
+        )
 
 
 def test_what_shuffled_histories_lose():
     """NDCG@10 given, less that of lists for the shuffled histories in which seen titles are still the user's own."""
     model, prompts, windows, _ = world()
     own = np.linspace(0.5, 1, len(windows))
-    found = evaluate.audit(model, prompts, windows, None, 0, own)["NDCG@10 lost by shuffled histories"]
+    found = evaluate.audit(model, prompts, windows, None, 0, own)[
+        "NDCG@10 lost by shuffled histories"
+    ]
     total = 0.0
     for window, mixed in zip(windows, evaluate.shuffle_histories(windows, 0)):
         target, scores = window.items[window.stop], {}
-        for item in set(range(len(prompts.titles))) - set(window.items[:window.stop]):
-            scores[item] = -sum(by_hand(model, prompts, mixed._replace(items=mixed.items[:mixed.stop] + (item,)))[1])
+        for item in set(range(len(prompts.titles))) - set(window.items[: window.stop]):
+            scores[item] = -sum(
+                by_hand(model, prompts, mixed._replace(items=mixed.items[: mixed.stop] + (item,)))[
+                    1
+                ]
+            )
         rank = 1 + sum(score > scores[target] for score in scores.values())
         total += 1 / np.log2(rank + 1) if rank <= 10 else 0
     assert found == pytest.approx(own.mean() - total / len(windows), abs=1e-6)
@@ -149,11 +213,16 @@ def test_what_shuffled_histories_lose():
 
 # ------------------------------------------------------------------------------------------------ the command, on real runs
 
+
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
     """Folder with runs of gdrt.py: `zero` and `one`, which differ in the seed, and `untested`, with --no-test."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("zero", ["--seed", "0"]), ("one", ["--seed", "1"]), ("untested", ["--no-test", "--loss", "sft"])):
+    for name, flags in (
+        ("zero", ["--seed", "0"]),
+        ("one", ["--seed", "1"]),
+        ("untested", ["--no-test", "--loss", "sft"]),
+    ):
         gdrt.main([*small, *flags, "--epochs", "1", "--out", str(folder), "--name", name])
     return folder
 
@@ -163,7 +232,7 @@ def table_of(text):
     lines = text.split("\n")
     start = next(i for i, line in enumerate(lines) if line.startswith("----")) + 1
     rows = {}
-    for line in lines[start:lines.index(evaluate.NOTE)]:
+    for line in lines[start : lines.index(evaluate.NOTE)]:
         name, *cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
         rows[name] = [tuple(float(x.strip("[],*")) for x in cell.split()) for cell in cells]
     return rows
@@ -174,13 +243,36 @@ def test_recomputed_metrics_equal_those_of_training(runs, capsys):
     out = capsys.readouterr().out
     for loss in "sft", "gdrt":
         assert f"{runs / 'zero' / loss}: metrics equal those that training wrote" in out
-        written, found = json.loads((runs / "zero" / loss / "metrics.json").read_text())["test"], evaluate.evaluate_run(runs / "zero" / loss)
-        assert found["moved"] == {} and found["part"] == "test" and list(found["metrics"]) == list(written)
-        assert json.loads(json.dumps(found["metrics"])) == written  # here, on one machine, to the last digit
+        written, found = (
+            json.loads((runs / "zero" / loss / "metrics.json").read_text())["test"],
+            evaluate.evaluate_run(runs / "zero" / loss),
+        )
+        assert (
+            found["moved"] == {}
+            and found["part"] == "test"
+            and list(found["metrics"]) == list(written)
+        )
+        assert (
+            json.loads(json.dumps(found["metrics"])) == written
+        )  # here, on one machine, to the last digit
         rows = table_of(out)
-        for metric in ("NDCG@10", "MGU@5", "genre DGU@10", "coverage@10", "legal NLL", "worst group NLL"):
-            assert rows[metric][["sft", "gdrt"].index(loss)][0] == pytest.approx(written[metric], abs=6e-5), metric
-    assert "sft seed 0" in out and "gdrt seed 0 less sft seed 0" in out and "by user activity" in out and "by item popularity" in out
+        for metric in (
+            "NDCG@10",
+            "MGU@5",
+            "genre DGU@10",
+            "coverage@10",
+            "legal NLL",
+            "worst group NLL",
+        ):
+            assert rows[metric][["sft", "gdrt"].index(loss)][0] == pytest.approx(
+                written[metric], abs=6e-5
+            ), metric
+    assert (
+        "sft seed 0" in out
+        and "gdrt seed 0 less sft seed 0" in out
+        and "by user activity" in out
+        and "by item popularity" in out
+    )
 
 
 def test_other_figures_are_named(runs, tmp_path, capsys):
@@ -194,7 +286,10 @@ def test_other_figures_are_named(runs, tmp_path, capsys):
     path.write_text(json.dumps(written))
     assert list(evaluate.evaluate_run(path.parent)["moved"]) == ["NDCG@10", "MGU@5"]
     evaluate.main([str(path.parent)])
-    assert f"{path.parent}: training wrote other figures: NDCG@10 {was + 0.01:.4f} and now {was:.4f}, MGU@5 nan" in capsys.readouterr().out
+    assert (
+        f"{path.parent}: training wrote other figures: NDCG@10 {was + 0.01:.4f} and now {was:.4f}, MGU@5 nan"
+        in capsys.readouterr().out
+    )
     shutil.rmtree(tmp_path / "run" / "gdrt" / "model")
     shutil.copytree(runs / "one" / "sft" / "model", tmp_path / "run" / "gdrt" / "model")
     evaluate.main([str(tmp_path / "run" / "gdrt")])
@@ -205,7 +300,13 @@ def test_seeds_are_pooled_and_named(runs, capsys):
     evaluate.main([str(runs / "zero"), str(runs / "one")])
     out = capsys.readouterr().out
     assert "sft seeds 0,1" in out and "gdrt seeds 0,1 less sft seeds 0,1" in out
-    written = [[json.loads((runs / run / loss / "metrics.json").read_text())["test"] for run in ("zero", "one")] for loss in ("sft", "gdrt")]
+    written = [
+        [
+            json.loads((runs / run / loss / "metrics.json").read_text())["test"]
+            for run in ("zero", "one")
+        ]
+        for loss in ("sft", "gdrt")
+    ]
     rows = table_of(out)
     for metric in "NDCG@10", "MGU@10", "NLL":
         (value, low, high), _, (difference, below, above) = rows[metric]
@@ -244,18 +345,41 @@ def test_report_from_the_command(runs, tmp_path, capsys):
     evaluate.main([str(runs / "zero"), "--report", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"report: {tmp_path / 'page.html'}" in capsys.readouterr().out
-    assert all(f'<section id="{name}">' in page for name in ("results", "training", "groups", "attribution", "exposure", "users", "heat-map", "settings"))
+    assert all(
+        f'<section id="{name}">' in page
+        for name in (
+            "results",
+            "training",
+            "groups",
+            "attribution",
+            "exposure",
+            "users",
+            "heat-map",
+            "settings",
+        )
+    )
     with pytest.raises(InputError, match="one run"):
         evaluate.main([str(runs / "zero"), str(runs / "one"), "--report"])
 
 
-@pytest.mark.parametrize("harm, says", [
-    (lambda run: shutil.rmtree(run / "sft" / "model"), "no model in it; give the folder of a loss"),
-    (lambda run: (run / "sft" / "metrics.json").unlink(), "metrics.json: No such file"),
-    (lambda run: (run / "groups.json").unlink(), "groups.json: No such file"),
-    (lambda run: (run / "config.json").write_text("{}}"), "config.json: not whole JSON"),
-    (lambda run: (run / "config.json").write_text((run / "config.json").read_text().replace('"data": "', '"data": "x')), "has changed since this run"),
-])
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (
+            lambda run: shutil.rmtree(run / "sft" / "model"),
+            "no model in it; give the folder of a loss",
+        ),
+        (lambda run: (run / "sft" / "metrics.json").unlink(), "metrics.json: No such file"),
+        (lambda run: (run / "groups.json").unlink(), "groups.json: No such file"),
+        (lambda run: (run / "config.json").write_text("{}}"), "config.json: not whole JSON"),
+        (
+            lambda run: (run / "config.json").write_text(
+                (run / "config.json").read_text().replace('"data": "', '"data": "x')
+            ),
+            "has changed since this run",
+        ),
+    ],
+)
 def test_damaged_runs_are_refused(runs, tmp_path, harm, says):
     shutil.copytree(runs / "zero", tmp_path / "run")
     harm(tmp_path / "run")
@@ -286,4 +410,9 @@ def test_one_sentence_and_exit_code_2(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         run_command(evaluate.main)
     said = capsys.readouterr().err
-    assert left.value.code == 2 and said.startswith("evaluate.py: ") and "nowhere: no such run" in said and said.count("\n") == 1
+    assert (
+        left.value.code == 2
+        and said.startswith("evaluate.py: ")
+        and "nowhere: no such run" in said
+        and said.count("\n") == 1
+    )

@@ -1,4 +1,5 @@
 """What goes wrong ends in one sentence and exit code 2, and nothing that was written before is lost."""
+
 import ast
 import contextlib
 import json
@@ -24,6 +25,7 @@ LINUX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is
 @pytest.fixture
 def fails(capsys):
     """fails(flags) -> the one sentence with which gdrt.py ends, exit code 2."""
+
     def run(flags):
         with pytest.raises(SystemExit) as end:
             gdrt.main([str(flag) for flag in flags])
@@ -31,6 +33,7 @@ def fails(capsys):
         error = capsys.readouterr().err
         assert "Traceback" not in error
         return error.splitlines()[-1]
+
     return run
 
 
@@ -45,26 +48,41 @@ def whole(small, tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------------ the disk is full
 
+
 @contextlib.contextmanager
 def full_disk(module, part):
     """Files that `module` opens for writing and that have `part` in their names take nothing: a real ENOSPC."""
+
     def opener(path, mode="r", **more):
         return open("/dev/full" if part in str(path) and mode[0] in "wa" else path, mode, **more)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "open", opener, raising=False)
         yield
 
 
 @LINUX
-@pytest.mark.parametrize("module, part", [
-    (gdrt, "metrics.jsonl"), (data, "metrics.jsonl"), (data, "checkpoint.pt"), (data, "groups.json"), (data, "predictions.jsonl"),
-    (data, "evaluation.json"), (data, "metrics.json"), (data, "config.json")])
+@pytest.mark.parametrize(
+    "module, part",
+    [
+        (gdrt, "metrics.jsonl"),
+        (data, "metrics.jsonl"),
+        (data, "checkpoint.pt"),
+        (data, "groups.json"),
+        (data, "predictions.jsonl"),
+        (data, "evaluation.json"),
+        (data, "metrics.json"),
+        (data, "config.json"),
+    ],
+)
 def test_a_full_disk_costs_nothing_that_was_there(whole, tmp_path, fails, module, part):
     flags, expected = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     with full_disk(module, part):
         sentence = "(No space left on device|Invalid argument); what was written before is whole: mend it and add --resume"
-        assert re.search(sentence, fails(flags))  # /dev/full takes no fsync either, which is all that an empty log asks of it
+        assert re.search(
+            sentence, fails(flags)
+        )  # /dev/full takes no fsync either, which is all that an empty log asks of it
     gdrt.main([*flags, *(["--resume"] if (tmp_path / "run" / "config.json").exists() else [])])
     assert contents(tmp_path / "run") == expected
 
@@ -79,10 +97,14 @@ def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, 
             file.write(b"PK half")
             raise OSError(28, "No space left on device")
         save(state, file)
+
     monkeypatch.setattr(torch, "save", half)
     assert "No space left" in fails(flags)
     monkeypatch.undo()
-    assert torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == saves[1]
+    assert (
+        torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"]
+        == saves[1]
+    )
     assert not list(tmp_path.rglob(".*")), "half a file is left"
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
@@ -112,6 +134,7 @@ def test_a_limit_on_file_size_costs_nothing_that_was_there(whole, tmp_path, fail
 
 # ------------------------------------------------------------------------------------------------ the cache
 
+
 @pytest.fixture
 def tiny(small, monkeypatch, tmp_path):
     """start(cache) -> model: gdrt's tiny model with the pre-training replaced by a small model; start.trained counts it."""
@@ -121,12 +144,16 @@ def tiny(small, monkeypatch, tmp_path):
     def pretrain(dataset, job):
         start.trained += 1
         return data.load_model(source)
+
     monkeypatch.setattr(gdrt, "pretrain_tiny", pretrain)
 
     def start(cache):
-        model, tokenizer = gdrt.start_model(gdrt.parser().parse_args(["--cache", str(cache)]), dataset, gdrt.Job())
+        model, tokenizer = gdrt.start_model(
+            gdrt.parser().parse_args(["--cache", str(cache)]), dataset, gdrt.Job()
+        )
         assert tokenizer("Film").input_ids
         return torch.cat([p.detach().flatten() for p in model.parameters()])
+
     start.trained = 0
     return start
 
@@ -134,7 +161,7 @@ def tiny(small, monkeypatch, tmp_path):
 def test_the_tiny_model_is_trained_once_whatever_the_flags(tiny, tmp_path):
     weights = tiny(tmp_path)
     assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 1
-    kept, = tmp_path.iterdir()
+    (kept,) = tmp_path.iterdir()
     assert intact(kept)
 
 
@@ -148,7 +175,10 @@ def test_a_damaged_tiny_model_in_the_cache_is_made_again(tiny, tmp_path, name, h
         path.unlink()
     else:
         middle = len(content) // 2
-        path.write_bytes(content[:middle] + (b"" if how == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1:]))
+        path.write_bytes(
+            content[:middle]
+            + (b"" if how == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        )
     assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 2
     assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
 
@@ -156,10 +186,15 @@ def test_a_damaged_tiny_model_in_the_cache_is_made_again(tiny, tmp_path, name, h
 def test_a_cache_that_cannot_be_written_costs_only_time(tiny, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert len(tiny(tmp_path / "file" / "cache")) > 0
-    assert "cannot be written (Not a directory), going on without keeping" in capsys.readouterr().err
+    assert (
+        "cannot be written (Not a directory), going on without keeping" in capsys.readouterr().err
+    )
     with small_files(1000):
         assert len(tiny(tmp_path / "cache")) > 0
-    assert "cannot be written (Error while serializing: I/O error: File too large" in capsys.readouterr().err
+    assert (
+        "cannot be written (Error while serializing: I/O error: File too large"
+        in capsys.readouterr().err
+    )
     assert not list((tmp_path / "cache").iterdir()), "half a model is left in the cache"
 
 
@@ -171,6 +206,7 @@ def test_a_read_only_cache_costs_only_time(tiny, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ damaged runs
+
 
 class Evil:
     def __reduce__(self):
@@ -184,12 +220,21 @@ def another_format(content, path):
 
 DAMAGE = {
     "another format": (another_format, "checkpoint format 99 where 1 belongs"),
-    "cut": (lambda content, path: path.write_bytes(content[:len(content) // 2]), "not a checkpoint of this run"),
+    "cut": (
+        lambda content, path: path.write_bytes(content[: len(content) // 2]),
+        "not a checkpoint of this run",
+    ),
     "empty": (lambda content, path: path.write_bytes(b""), "not a checkpoint of this run"),
     "text": (lambda content, path: path.write_text("hello\n"), "not a checkpoint of this run"),
     "a list": (lambda content, path: torch.save([1], path), "not a checkpoint of this run"),
-    "another model": (lambda content, path: torch.save(torch.load(path, weights_only=True) | {"model": {}}, path), "not a checkpoint of this run"),
-    "code": (lambda content, path: path.write_bytes(pickle.dumps(Evil())), "not a checkpoint of this run"),
+    "another model": (
+        lambda content, path: torch.save(torch.load(path, weights_only=True) | {"model": {}}, path),
+        "not a checkpoint of this run",
+    ),
+    "code": (
+        lambda content, path: path.write_bytes(pickle.dumps(Evil())),
+        "not a checkpoint of this run",
+    ),
 }
 
 
@@ -204,13 +249,20 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(whole, tmp_path, fails, 
     damage(path.read_bytes(), path)
     damaged = path.read_bytes()
     error = fails([*flags, "--resume"])
-    assert words in error and str(path) in error and path.read_bytes() == damaged and not Path("evil").exists()
+    assert (
+        words in error
+        and str(path) in error
+        and path.read_bytes() == damaged
+        and not Path("evil").exists()
+    )
     path.unlink()  # as the sentence says
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
 
 
-@pytest.mark.parametrize("name", ["config.json", "groups.json", "gdrt/metrics.json", "before/evaluation.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "groups.json", "gdrt/metrics.json", "before/evaluation.json"]
+)
 def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
     flags, _ = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
@@ -226,19 +278,28 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
 
 # ------------------------------------------------------------------------------------------------ training that fails
 
-def test_nan_stops_with_step_and_batch_and_keeps_the_last_checkpoint(whole, tmp_path, fails, monkeypatch):
+
+def test_nan_stops_with_step_and_batch_and_keeps_the_last_checkpoint(
+    whole, tmp_path, fails, monkeypatch
+):
     flags, expected = whole
     flags, calls, original = [*flags, "--out", str(tmp_path), "--name", "run"], [], gdrt.token_nll
 
     def token_nll(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 6 else 1)
+
     monkeypatch.setattr(gdrt, "token_nll", token_nll)
     error = fails(flags)
-    assert re.search(r"update 5: loss nan with gradient norm nan on the batch of trees \d+, .*; the last checkpoint is kept; lower --lr", error)
+    assert re.search(
+        r"update 5: loss nan with gradient norm nan on the batch of trees \d+, .*; the last checkpoint is kept; lower --lr",
+        error,
+    )
     monkeypatch.undo()
     state = torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)
-    assert state["step"] in (4, 5) and all(torch.isfinite(weight).all() for weight in state["model"].values())
+    assert state["step"] in (4, 5) and all(
+        torch.isfinite(weight).all() for weight in state["model"].values()
+    )
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
 
@@ -251,11 +312,13 @@ def test_a_learning_rate_that_diverges_is_said(whole, tmp_path, fails):
 def test_memory_that_does_not_suffice_is_said(whole, tmp_path, fails, monkeypatch):
     def token_nll(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(gdrt, "token_nll", token_nll)
     assert "raise --accumulate" in fails([*whole[0], "--out", tmp_path])
 
 
 # ------------------------------------------------------------------------------------------------ datasets at the edge
+
 
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -263,21 +326,66 @@ def lines_of(path):
 
 def test_fewer_titles_than_places_in_the_list(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=8, items=8)
-    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--keep-seen", "--loss", "gdrt"])
+    gdrt.main(
+        [
+            *small,
+            "--dataset",
+            str(folder),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--keep-seen",
+            "--loss",
+            "gdrt",
+        ]
+    )
     predictions = lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")
     assert {len(line["titles"]) for line in predictions} == {8}
-    assert json.loads((tmp_path / "run" / "gdrt" / "metrics.json").read_text())["test"]["HR@10"] == 1
+    assert (
+        json.loads((tmp_path / "run" / "gdrt" / "metrics.json").read_text())["test"]["HR@10"] == 1
+    )
 
 
 def test_all_titles_but_the_target_seen(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=8, items=8)
-    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--loss", "gdrt"])
-    assert {len(line["titles"]) for line in lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")} == {1}
+    gdrt.main(
+        [
+            *small,
+            "--dataset",
+            str(folder),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--loss",
+            "gdrt",
+        ]
+    )
+    assert {
+        len(line["titles"]) for line in lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")
+    } == {1}
 
 
 def test_one_user(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=1)
-    gdrt.main([*small, "--dataset", str(folder), "--out", str(tmp_path), "--name", "run", "--batch", "1", "--groups", "2", "--loss", "gdrt"])
+    gdrt.main(
+        [
+            *small,
+            "--dataset",
+            str(folder),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--batch",
+            "1",
+            "--groups",
+            "2",
+            "--loss",
+            "gdrt",
+        ]
+    )
     assert len(lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")) == 1
 
 
@@ -288,32 +396,83 @@ def test_one_item(small, tmp_path, fails):
 
 @pytest.mark.parametrize("loss", ["gdrt", "group-dro"])
 def test_groups_that_are_not_in_every_batch(small, tmp_path, loss):
-    gdrt.main([*small, "--out", str(tmp_path), "--name", "run", "--batch", "1", "--epochs", "1", "--windows", "20", "--groups", "6",
-               "--loss", loss, "--no-test"])
+    gdrt.main(
+        [
+            *small,
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--batch",
+            "1",
+            "--epochs",
+            "1",
+            "--windows",
+            "20",
+            "--groups",
+            "6",
+            "--loss",
+            loss,
+            "--no-test",
+        ]
+    )
     lines = lines_of(tmp_path / "run" / loss / "metrics.jsonl")
     assert any(0 in line["n"] for line in lines)
     for line in lines:
         absent = [q for q, n in zip(line["q"], line["n"]) if n == 0]
-        assert sum(line["q"]) == pytest.approx(1) and (not any(absent) if loss == "gdrt" else all(absent))
+        assert sum(line["q"]) == pytest.approx(1) and (
+            not any(absent) if loss == "gdrt" else all(absent)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ flags
 
 BAD = [
-    ("--groups 100000", "tokens; use fewer groups"), ("--groups 80", "use fewer groups"), ("--groups 0", "should be positive"),
-    ("--groups 1.5", "invalid int value"), ("--tau 0", "should be positive"), ("--tau nan", "should be positive"),
-    ("--tau -1", "should be positive"), ("--tau warm", "invalid float value"), ("--warmup 2", "between 0 and 1"),
-    ("--warmup 0", "between 0 and 1"), ("--warmup nan", "between 0 and 1"), ("--lr 0", "should be positive"), ("--lr -1", "should be positive"),
-    ("--seed abc", "--seed"), ("--seed -1", "should lie between 0"), ("--eta nan", "should be positive"), ("--batch 0", "should be positive"),
-    ("--temperature 0", "should be positive"), ("--accumulate 0", "should be positive"), ("--history 0", "should be positive"),
-    ("--min-rating nan", "lower --min-rating"), ("--min-rating 9", "lower --min-rating"), ("--epochs 1e3", "invalid int value"),
-    ("--windows 0", "should be positive"), ("--windows 1 --epochs 1", "leave the losses none"), ("--save-every 0", "should be positive"),
-    ("--dataset nowhere", "--dataset nowhere: choose toy, ml-100k, ml-1m or an existing folder"), ("--dataset tests", "--dataset"),
-    ("--dataset ml-100k --data-dir nowhere", "--data-dir"), ("--model no/such", "--model no/such: cannot be loaded"),
-    ("--model tests", "--model tests: cannot be loaded"), ("--device tpu", "invalid choice"), ("--loss dpo", "invalid choice"),
-    ("--loss", "expected at least one argument"), ("--split random", "invalid choice"), ("--nonsense", "unrecognized arguments"),
-    ("--resum", "unrecognized arguments"), ("--resume", "there is no run in"), ("--name ..", "without slashes"), ("--name a/b", "without slashes"),
-    pytest.param("--device cuda", "shows no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")),
+    ("--groups 100000", "tokens; use fewer groups"),
+    ("--groups 80", "use fewer groups"),
+    ("--groups 0", "should be positive"),
+    ("--groups 1.5", "invalid int value"),
+    ("--tau 0", "should be positive"),
+    ("--tau nan", "should be positive"),
+    ("--tau -1", "should be positive"),
+    ("--tau warm", "invalid float value"),
+    ("--warmup 2", "between 0 and 1"),
+    ("--warmup 0", "between 0 and 1"),
+    ("--warmup nan", "between 0 and 1"),
+    ("--lr 0", "should be positive"),
+    ("--lr -1", "should be positive"),
+    ("--seed abc", "--seed"),
+    ("--seed -1", "should lie between 0"),
+    ("--eta nan", "should be positive"),
+    ("--batch 0", "should be positive"),
+    ("--temperature 0", "should be positive"),
+    ("--accumulate 0", "should be positive"),
+    ("--history 0", "should be positive"),
+    ("--min-rating nan", "lower --min-rating"),
+    ("--min-rating 9", "lower --min-rating"),
+    ("--epochs 1e3", "invalid int value"),
+    ("--windows 0", "should be positive"),
+    ("--windows 1 --epochs 1", "leave the losses none"),
+    ("--save-every 0", "should be positive"),
+    ("--dataset nowhere", "--dataset nowhere: choose toy, ml-100k, ml-1m or an existing folder"),
+    ("--dataset tests", "--dataset"),
+    ("--dataset ml-100k --data-dir nowhere", "--data-dir"),
+    ("--model no/such", "--model no/such: cannot be loaded"),
+    ("--model tests", "--model tests: cannot be loaded"),
+    ("--device tpu", "invalid choice"),
+    ("--loss dpo", "invalid choice"),
+    ("--loss", "expected at least one argument"),
+    ("--split random", "invalid choice"),
+    ("--nonsense", "unrecognized arguments"),
+    ("--resum", "unrecognized arguments"),
+    ("--resume", "there is no run in"),
+    ("--name ..", "without slashes"),
+    ("--name a/b", "without slashes"),
+    pytest.param(
+        "--device cuda",
+        "shows no GPU",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+    ),
 ]
 
 
@@ -332,25 +491,46 @@ def test_an_output_folder_that_cannot_be_made(small, tmp_path, fails):
 
 # ------------------------------------------------------------------------------------------------ what the code never does
 
+
 def dangers(source):
     """What a module does that it must not: (line, what)."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            name, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            name, words = (
+                ast.unparse(node.func),
+                {word.arg: ast.unparse(word.value) for word in node.keywords},
+            )
             if name.endswith("torch.load") and words.get("weights_only") != "True":
                 found.append((node.lineno, "torch.load without weights_only=True"))
-            if re.search(r"^(pickle|marshal|shelve|dill|joblib)\.|^(eval|exec|compile|__import__)$|\.(load_pickle|read_pickle)$", name):
+            if re.search(
+                r"^(pickle|marshal|shelve|dill|joblib)\.|^(eval|exec|compile|__import__)$|\.(load_pickle|read_pickle)$",
+                name,
+            ):
                 found.append((node.lineno, name))
-            if "trust_remote_code" in words or words.get("shell", "False") != "False" or "allow_pickle" in words:
+            if (
+                "trust_remote_code" in words
+                or words.get("shell", "False") != "False"
+                or "allow_pickle" in words
+            ):
                 found.append((node.lineno, ast.unparse(node)))
             if re.search(r"^os\.(system|popen|spawn\w*|exec\w*)$|getoutput$", name):
                 found.append((node.lineno, name))
-            if re.search(r"^subprocess\.(run|Popen|call|check\w*)$", name) and not isinstance(node.args[0], (ast.List, ast.Name)):
+            if re.search(r"^subprocess\.(run|Popen|call|check\w*)$", name) and not isinstance(
+                node.args[0], (ast.List, ast.Name)
+            ):
                 found.append((node.lineno, "a command that is not a list"))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"\b(http|ftp)://", node.value):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.search(r"\b(http|ftp)://", node.value)
+        ):
             found.append((node.lineno, node.value))
-        if isinstance(node, ast.keyword) and node.arg in ("verify", "context") and ast.unparse(node.value) in ("False", "None"):
+        if (
+            isinstance(node, ast.keyword)
+            and node.arg in ("verify", "context")
+            and ast.unparse(node.value) in ("False", "None")
+        ):
             found.append((node.value.lineno, "a connection that is not checked"))
     return found
 
@@ -360,17 +540,33 @@ def test_no_pickles_no_remote_code_no_shell_https_only(name):
     assert dangers((ROOT / name).read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("line", [
-    "torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "eval('1')", "os.system('ls')", "subprocess.run('ls')",
-    "subprocess.run(['ls'], shell=True)", "X.from_pretrained(n, trust_remote_code=True)", "a = 'http://x.org'", "np.load(f, allow_pickle=True)"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "pickle.load(f)",
+        "eval('1')",
+        "os.system('ls')",
+        "subprocess.run('ls')",
+        "subprocess.run(['ls'], shell=True)",
+        "X.from_pretrained(n, trust_remote_code=True)",
+        "a = 'http://x.org'",
+        "np.load(f, allow_pickle=True)",
+    ],
+)
 def test_the_check_above_sees(line):
     assert dangers(line)
 
 
 def listing(folder):
     """{path: (size, mtime)} below a folder, byte code and git's own files apart."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(Path(folder).rglob("*"))
-            if path.is_file() and not {"__pycache__", ".git", ".pytest_cache", ".hypothesis"} & set(path.parts)}
+    return {
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+        and not {"__pycache__", ".git", ".pytest_cache", ".hypothesis"} & set(path.parts)
+    }
 
 
 def writes_nothing_else(flags, tmp_path):
@@ -378,14 +574,43 @@ def writes_nothing_else(flags, tmp_path):
     for place in places:
         place.mkdir()
     home, temporary, cwd, out, cache = places
-    hidden = {"HOME": str(home), "TMPDIR": str(temporary), "XDG_CACHE_HOME": str(home / "c"), "XDG_CONFIG_HOME": str(home / "d"), "OMP_NUM_THREADS": "1"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "MPL", "TORCH"))}
+    hidden = {
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "XDG_CACHE_HOME": str(home / "c"),
+        "XDG_CONFIG_HOME": str(home / "d"),
+        "OMP_NUM_THREADS": "1",
+    }
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "XDG_", "MPL", "TORCH"))
+    }
     before = listing(ROOT)
-    done = subprocess.run([sys.executable, "-B", str(ROOT / "gdrt.py"), *flags, "--out", str(out), "--cache", str(cache)], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, env=kept | hidden | {"HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-B",
+            str(ROOT / "gdrt.py"),
+            *flags,
+            "--out",
+            str(out),
+            "--cache",
+            str(cache),
+        ],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env=kept | hidden | {"HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stderr
-    assert [str(path) for place in (home, temporary, cwd) for path in place.rglob("*")
-            if not path.name.startswith("torchinductor_")] == []  # torch's own empty folder, made in TMPDIR when it is imported
+    assert [
+        str(path)
+        for place in (home, temporary, cwd)
+        for path in place.rglob("*")
+        if not path.name.startswith("torchinductor_")
+    ] == []  # torch's own empty folder, made in TMPDIR when it is imported
     assert listing(ROOT) == before and any(out.rglob("report.html"))
     return done
 

@@ -1,4 +1,5 @@
 """The loop against autograd through the losses, and against a plain loop over separate prompts."""
+
 import copy
 import json
 import math
@@ -7,17 +8,34 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import continuations, random_prompts, random_windows, separate_logits, separate_nll, small_model
+from conftest import (
+    continuations,
+    random_prompts,
+    random_windows,
+    separate_logits,
+    separate_nll,
+    small_model,
+)
 
 import gdrt
-from data import build_trees, by_trunk, collate, load_dataset, make_prompts, target_logits, tiny_tokenizer
+from data import (
+    build_trees,
+    by_trunk,
+    collate,
+    load_dataset,
+    make_prompts,
+    target_logits,
+    tiny_tokenizer,
+)
 
 
 def step(model, trees, prompts, group, objective, log_q, job=gdrt.Job()):
     """gdrt.update without a change of weights -> (gradients, log_q, diagnostics)."""
     kept, limit = [], gdrt.CLIP
-    optimizer = SimpleNamespace(step=lambda: kept.extend(p.grad.clone() for p in model.parameters()),
-                                zero_grad=lambda set_to_none: model.zero_grad())
+    optimizer = SimpleNamespace(
+        step=lambda: kept.extend(p.grad.clone() for p in model.parameters()),
+        zero_grad=lambda set_to_none: model.zero_grad(),
+    )
     gdrt.CLIP = math.inf  # the gradient as it comes
     try:
         log_q, line = gdrt.update(model, optimizer, trees, prompts, group, objective, log_q, job)
@@ -39,7 +57,9 @@ def world():
     """(model, prompts, windows, group (items, L), the windows' groups (N,)); group 3 is given to no token."""
     model, prompts, windows = small_model(), random_prompts(2), random_windows(12, 4, users=4)
     group = torch.randint(0, 3, prompts.trie.path.shape, generator=torch.Generator().manual_seed(0))
-    own = torch.cat([group[w.items[w.stop], :len(prompts.titles[w.items[w.stop]]) + 1] for w in windows])
+    own = torch.cat(
+        [group[w.items[w.stop], : len(prompts.titles[w.items[w.stop]]) + 1] for w in windows]
+    )
     return model, prompts, windows, group, own
 
 
@@ -51,26 +71,46 @@ def all_nll(model, prompts, windows):
 @pytest.mark.parametrize("tau, prior", [(1.0, "uniform"), (0.3, "share"), (math.inf, "uniform")])
 def test_an_update_equals_autograd_through_the_loss(world, tau, prior, accumulate):
     model, prompts, windows, group, own = world
-    gradient, _, line = step(model, build_trees(prompts, windows), prompts, group, gdrt.gdrt(tau, prior), torch.zeros(4),
-                             gdrt.Job(accumulate=accumulate))
+    gradient, _, line = step(
+        model,
+        build_trees(prompts, windows),
+        prompts,
+        group,
+        gdrt.gdrt(tau, prior),
+        torch.zeros(4),
+        gdrt.Job(accumulate=accumulate),
+    )
     nll = all_nll(model, prompts, windows)
     loss, q, means = gdrt.gdrt_loss(nll, own, 4, tau, prior)
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
-    assert line["q"] == pytest.approx(q.tolist(), abs=1e-5) and line["group_nll"] == pytest.approx(means.tolist(), abs=1e-5)
+    assert line["q"] == pytest.approx(q.tolist(), abs=1e-5) and line["group_nll"] == pytest.approx(
+        means.tolist(), abs=1e-5
+    )
     assert line["loss"] == pytest.approx(float((q * means).sum()), abs=1e-5)
     assert line["nll"] == pytest.approx(float(nll.mean().detach()), abs=1e-5)
     assert line["n"] == [int((own == g).sum()) for g in range(4)]
-    assert line["grad_norm"] == pytest.approx(math.sqrt(sum(float((x ** 2).sum()) for x in gradient)), rel=1e-4)
+    assert line["grad_norm"] == pytest.approx(
+        math.sqrt(sum(float((x**2).sum()) for x in gradient)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_sft_is_the_plain_mean(world, accumulate):
     model, prompts, windows, group, own = world
-    gradient, _, line = step(model, build_trees(prompts, windows), prompts, group, gdrt.sft, torch.zeros(4),
-                             gdrt.Job(accumulate=accumulate))
+    gradient, _, line = step(
+        model,
+        build_trees(prompts, windows),
+        prompts,
+        group,
+        gdrt.sft,
+        torch.zeros(4),
+        gdrt.Job(accumulate=accumulate),
+    )
     loss = all_nll(model, prompts, windows).mean()
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
-    assert line["loss"] == pytest.approx(loss.item(), abs=1e-5) and line["nll"] == pytest.approx(loss.item(), abs=1e-5)
+    assert line["loss"] == pytest.approx(loss.item(), abs=1e-5) and line["nll"] == pytest.approx(
+        loss.item(), abs=1e-5
+    )
     assert line["q"] == pytest.approx([float((own == g).float().mean()) for g in range(4)])
 
 
@@ -79,13 +119,22 @@ def test_group_dro_moves_q_once_an_update(world, accumulate):
     model, prompts, windows, group, own = world
     log_q, eta, q = torch.full((4,), -math.log(4)), 0.5, [0.25] * 4
     for _ in range(2):
-        gradient, log_q, line = step(model, build_trees(prompts, windows), prompts, group, gdrt.group_dro(eta), log_q,
-                                     gdrt.Job(accumulate=accumulate))
+        gradient, log_q, line = step(
+            model,
+            build_trees(prompts, windows),
+            prompts,
+            group,
+            gdrt.group_dro(eta),
+            log_q,
+            gdrt.Job(accumulate=accumulate),
+        )
         nll = all_nll(model, prompts, windows)
         means = [nll[own == g].mean() if (own == g).any() else torch.tensor(0.0) for g in range(4)]
         q = [weight * math.exp(eta * float(mean.detach())) for weight, mean in zip(q, means)]
         q = [weight / sum(q) for weight in q]
-        assert log_q.exp().tolist() == pytest.approx(q, abs=1e-5) and line["q"] == pytest.approx(q, abs=1e-5)
+        assert log_q.exp().tolist() == pytest.approx(q, abs=1e-5) and line["q"] == pytest.approx(
+            q, abs=1e-5
+        )
         loss = sum(weight * mean for weight, mean in zip(q, means))
         assert line["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
         assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
@@ -96,7 +145,11 @@ def test_accumulation_replays_dropout(world, kind):
     """The pass that finds the group means and the pass with gradient drop the same: the parts, put together, say so."""
     _, prompts, windows, group, own = world
     model = small_model(kind, dropout=0.1).train()
-    trees, objective, job = build_trees(prompts, windows), gdrt.gdrt(0.5, "uniform"), gdrt.Job(accumulate=4)
+    trees, objective, job = (
+        build_trees(prompts, windows),
+        gdrt.gdrt(0.5, "uniform"),
+        gdrt.Job(accumulate=4),
+    )
     assert len(trees) == 4
     torch.manual_seed(7)
     gradient, _, line = step(model, trees, prompts, group, objective, torch.zeros(4), job)
@@ -104,8 +157,15 @@ def test_accumulation_replays_dropout(world, kind):
 
     torch.manual_seed(7)
     parts = [collate([tree]) for tree in trees]
-    nll = torch.cat([-target_logits(model, part).log_softmax(-1)[torch.arange(len(part.label)), part.label] for part in parts])
-    loss, q, _ = gdrt.gdrt_loss(nll, torch.cat([group[part.item, part.step] for part in parts]), 4, 0.5)
+    nll = torch.cat(
+        [
+            -target_logits(model, part).log_softmax(-1)[torch.arange(len(part.label)), part.label]
+            for part in parts
+        ]
+    )
+    loss, q, _ = gdrt.gdrt_loss(
+        nll, torch.cat([group[part.item, part.step] for part in parts]), 4, 0.5
+    )
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     assert line["q"] == pytest.approx(q.tolist(), abs=1e-5)
     assert torch.equal(torch.rand(1), after)  # the first pass used up no random numbers
@@ -117,9 +177,21 @@ def test_one_batch_equals_four_micro_batches(world):
     model, prompts, windows, group, _ = world
     trees, results = build_trees(prompts, windows), []
     for accumulate in (1, 2, 4, 9):
-        results.append(step(model, trees, prompts, group, gdrt.gdrt(0.5, "uniform"), torch.zeros(4), gdrt.Job(accumulate=accumulate)))
+        results.append(
+            step(
+                model,
+                trees,
+                prompts,
+                group,
+                gdrt.gdrt(0.5, "uniform"),
+                torch.zeros(4),
+                gdrt.Job(accumulate=accumulate),
+            )
+        )
     for gradient, _, line in results[1:]:
-        assert close(gradient, results[0][0]) and line["loss"] == pytest.approx(results[0][2]["loss"], abs=1e-5)
+        assert close(gradient, results[0][0]) and line["loss"] == pytest.approx(
+            results[0][2]["loss"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
@@ -134,10 +206,15 @@ def test_trie_softmax_is_over_the_legal_tokens(temperature):
             choices = legal[tuple(tokens[:j])]
             expected.append(-torch.log_softmax(z[choices], 0)[choices.index(tokens[j])])
     batch = collate(build_trees(prompts, windows))
-    order = sorted(range(len(batch.label)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))
+    order = sorted(
+        range(len(batch.label)), key=lambda n: (int(batch.window[n]), int(batch.step[n]))
+    )
     nll = gdrt.token_nll(model, batch, prompts, gdrt.Job(softmax="trie", temperature=temperature))
     assert (nll[order] - torch.stack(expected)).abs().max() < 1e-5
-    gradients = [torch.autograd.grad(x, list(model.parameters())) for x in (nll.mean(), torch.stack(expected).mean())]
+    gradients = [
+        torch.autograd.grad(x, list(model.parameters()))
+        for x in (nll.mean(), torch.stack(expected).mean())
+    ]
     assert close(*gradients)
     full = gdrt.token_nll(model, batch, prompts, gdrt.Job())
     assert (full[order] - all_nll(model, prompts, windows)).abs().max() < 1e-5
@@ -145,11 +222,19 @@ def test_trie_softmax_is_over_the_legal_tokens(temperature):
 
 # ------------------------------------------------------------------------------------------------ what comes when
 
+
 def test_learning_rate():
     """Up in a straight line over the first twentieth, down in a straight line to nothing at the end."""
     rates = [gdrt.learning_rate(step, 200, 3.0) for step in range(200)]
-    assert rates[:9] == pytest.approx([0.3 * (step + 1) for step in range(9)]) and max(rates) <= 3 and rates.index(max(rates)) == 9
-    assert rates[10:] == pytest.approx([3 * (200 - step) / 200 for step in range(10, 200)]) and 0 < rates[-1] < 0.02
+    assert (
+        rates[:9] == pytest.approx([0.3 * (step + 1) for step in range(9)])
+        and max(rates) <= 3
+        and rates.index(max(rates)) == 9
+    )
+    assert (
+        rates[10:] == pytest.approx([3 * (200 - step) / 200 for step in range(10, 200)])
+        and 0 < rates[-1] < 0.02
+    )
     assert gdrt.learning_rate(200, 200, 3.0) == 0
     for steps in (1, 2, 19):  # too few for a warm-up
         assert gdrt.learning_rate(0, steps, 3.0) == 3
@@ -157,8 +242,13 @@ def test_learning_rate():
 
 def fake_trees(seed, n=300):
     random = np.random.default_rng(seed)
-    return [SimpleNamespace(ids=[0] * int(random.integers(20, 400)), window=np.repeat(np.arange(random.integers(1, 11)), 4))
-            for _ in range(n)]
+    return [
+        SimpleNamespace(
+            ids=[0] * int(random.integers(20, 400)),
+            window=np.repeat(np.arange(random.integers(1, 11)), 4),
+        )
+        for _ in range(n)
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 32, 10_000])
@@ -170,7 +260,9 @@ def test_plan_visits_every_tree_once_an_epoch(batch):
     assert all(sorted(epoch) == list(range(300)) for epoch in epochs) and epochs[0] != epochs[1]
     sizes = [sum(windows[i] for i in update) for update in updates]
     assert min(sizes) > 0 and max(sizes) < batch + 10
-    assert sum(size < batch for size in sizes) <= 3 * (sum(windows) // (20 * batch) + 2)  # the rest of each chunk
+    assert sum(size < batch for size in sizes) <= 3 * (
+        sum(windows) // (20 * batch) + 2
+    )  # the rest of each chunk
     assert updates == gdrt.plan(trees, batch, 3, 0)
     assert updates != gdrt.plan(trees, batch, 3, 1)
 
@@ -181,23 +273,32 @@ def test_plan_wastes_little_padding():
     padded = sum(len(update) * max(len(trees[i].ids) for i in update) for update in updates)
     assert padded < 1.15 * sum(len(tree.ids) for tree in trees)
     means = [np.mean([len(trees[i].ids) for i in update]) for update in updates]
-    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.4  # but short and long batches alternate at random
+    assert (
+        abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.4
+    )  # but short and long batches alternate at random
 
 
 def test_draw_windows_takes_whole_trees_up_to_a_limit():
     windows = load_dataset("toy").train
     assert gdrt.draw_windows(windows, None, 0) == gdrt.draw_windows(windows, 10**6, 0) == windows
     drawn = gdrt.draw_windows(windows, 500, 0)
-    assert len(drawn) == 500 and drawn == gdrt.draw_windows(windows, 500, 0) != gdrt.draw_windows(windows, 500, 1)
+    assert len(drawn) == 500 and drawn == gdrt.draw_windows(windows, 500, 0) != gdrt.draw_windows(
+        windows, 500, 1
+    )
     place = {(w.user, w.stop): i for i, w in enumerate(windows)}
     places = [place[w.user, w.stop] for w in drawn]
     assert places == sorted(set(places))
     whole = {tuple(group) for group in by_trunk(windows)}
-    cut = [group for group in by_trunk(drawn) if tuple(place[drawn[i].user, drawn[i].stop] for i in group) not in whole]
+    cut = [
+        group
+        for group in by_trunk(drawn)
+        if tuple(place[drawn[i].user, drawn[i].stop] for i in group) not in whole
+    ]
     assert len(cut) <= 1  # the last tree fills up what is left
 
 
 # ------------------------------------------------------------------------------------------------ whole runs, evaluation left out
+
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
@@ -209,19 +310,47 @@ def launch(tmp_path, monkeypatch):
     def update(model, optimizer, trees, *rest):
         seen.append(sorted((tuple(tree.ids), tuple(tree.window)) for tree in trees))
         return real(model, optimizer, trees, *rest)
+
     monkeypatch.setattr(gdrt, "update", update)
-    monkeypatch.setattr(gdrt, "start_model", lambda *_: (small_model(vocabulary=len(tokenizer), scale=0.05), tokenizer))
+    monkeypatch.setattr(
+        gdrt,
+        "start_model",
+        lambda *_: (small_model(vocabulary=len(tokenizer), scale=0.05), tokenizer),
+    )
     monkeypatch.setattr(gdrt, "evaluate_and_audit", lambda *_: {"valid": {}, "seconds": 0})
     monkeypatch.setattr(gdrt, "evaluate_popularity", lambda *_: {})
-    monkeypatch.setattr(gdrt, "result_table", lambda *_: (("", ), []))
+    monkeypatch.setattr(gdrt, "result_table", lambda *_: (("",), []))
 
     def launch(*flags):
         seen.clear()
         name = f"run{len(list(tmp_path.iterdir()))}"
-        gdrt.main(["--dataset", "toy", "--windows", "120", "--batch", "30", "--epochs", "2", "--no-report", "--device", "cpu",
-                   "--precision", "fp32", "--out", str(tmp_path), "--name", name, *flags])
-        return {path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
-                for path in (tmp_path / name).glob("*/metrics.jsonl")}
+        gdrt.main(
+            [
+                "--dataset",
+                "toy",
+                "--windows",
+                "120",
+                "--batch",
+                "30",
+                "--epochs",
+                "2",
+                "--no-report",
+                "--device",
+                "cpu",
+                "--precision",
+                "fp32",
+                "--out",
+                str(tmp_path),
+                "--name",
+                name,
+                *flags,
+            ]
+        )
+        return {
+            path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
+            for path in (tmp_path / name).glob("*/metrics.jsonl")
+        }
+
     launch.seen = seen
     return launch
 
@@ -231,12 +360,16 @@ def test_all_losses_see_the_same_batches(launch):
     assert set(lines) == {"warmup", "sft", "gdrt", "group-dro"}
     shared, each = len(lines["warmup"]), len(lines["sft"])
     assert shared >= 1 and each >= 4 and len(launch.seen) == shared + 3 * each
-    sft, gdrt_, dro = (launch.seen[shared + i * each:shared + (i + 1) * each] for i in range(3))
+    sft, gdrt_, dro = (launch.seen[shared + i * each : shared + (i + 1) * each] for i in range(3))
     assert sft == gdrt_ == dro and len({str(batch) for batch in sft}) > 2
     for loss in ("sft", "gdrt", "group-dro"):
         assert [line["step"] for line in lines[loss]] == list(range(shared, shared + each))
         assert [line["n"] for line in lines[loss]] == [line["n"] for line in lines["sft"]]
-    assert lines["sft"][0]["group_nll"] == lines["gdrt"][0]["group_nll"] == lines["group-dro"][0]["group_nll"]  # one shared start
+    assert (
+        lines["sft"][0]["group_nll"]
+        == lines["gdrt"][0]["group_nll"]
+        == lines["group-dro"][0]["group_nll"]
+    )  # one shared start
     assert lines["sft"][-1]["group_nll"] != lines["gdrt"][-1]["group_nll"]
 
 
@@ -249,4 +382,6 @@ def test_no_pack_follows_the_same_curve(launch):
         assert len(packed[loss]) == len(separate[loss])
         for ours, theirs in zip(packed[loss], separate[loss]):
             assert ours["n"] == theirs["n"]
-            assert [ours["loss"], *ours["group_nll"]] == pytest.approx([theirs["loss"], *theirs["group_nll"]], abs=1e-4)
+            assert [ours["loss"], *ours["group_nll"]] == pytest.approx(
+                [theirs["loss"], *theirs["group_nll"]], abs=1e-4
+            )

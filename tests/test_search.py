@@ -1,4 +1,5 @@
 """Exact search against scoring every title by itself, and against beam search that is wide enough to be exact."""
+
 import copy
 
 import numpy as np
@@ -27,9 +28,19 @@ def title_scores(logits, title, prompts, legal):
 def score_all(model, prompts, windows):
     """Every title for every window, one prompt and one forward pass each -> {softmax: (windows, titles)}."""
     legal = continuations(prompts)
-    found = [[title_scores(separate_logits(model, prompts, window, title=title), title, prompts, legal) for title in prompts.titles]
-             for window in windows]
-    return {softmax: np.array([[scores[softmax] for scores in row] for row in found]) for softmax in ("full", "trie")}
+    found = [
+        [
+            title_scores(
+                separate_logits(model, prompts, window, title=title), title, prompts, legal
+            )
+            for title in prompts.titles
+        ]
+        for window in windows
+    ]
+    return {
+        softmax: np.array([[scores[softmax] for scores in row] for row in found])
+        for softmax in ("full", "trie")
+    }
 
 
 def check(ranking, truth, windows, k, keep_seen):
@@ -37,10 +48,14 @@ def check(ranking, truth, windows, k, keep_seen):
     for items, scores, true, window in zip(ranking.items, ranking.scores, truth, windows):
         true = true.copy()
         if not keep_seen:
-            true[list(window.items[:window.stop])] = -np.inf
+            true[list(window.items[: window.stop])] = -np.inf
         n = min(k, int((true > -np.inf).sum()))
-        assert (items[n:] == -1).all() and (scores[n:] == -np.inf).all() and len(set(items[:n])) == n
-        assert (items[:n] >= 0).all() and scores[:n] == pytest.approx(np.sort(true)[::-1][:n], abs=GAP)
+        assert (
+            (items[n:] == -1).all() and (scores[n:] == -np.inf).all() and len(set(items[:n])) == n
+        )
+        assert (items[:n] >= 0).all() and scores[:n] == pytest.approx(
+            np.sort(true)[::-1][:n], abs=GAP
+        )
         assert true[items[:n]] == pytest.approx(scores[:n], abs=GAP)
 
 
@@ -48,12 +63,18 @@ def check(ranking, truth, windows, k, keep_seen):
 def scored(toy):
     """(windows, scores of every title): windows of toy, most of them with histories cut short, to save time."""
     dataset, model, _, prompts = toy
-    windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])] + [dataset.test[6], dataset.valid[5]]
+    windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])] + [
+        dataset.test[6],
+        dataset.valid[5],
+    ]
     return windows, score_all(model, prompts, windows)
 
 
 @pytest.mark.parametrize("softmax", ["trie", "full"])
-@pytest.mark.parametrize("width, rows, keep_seen", [(1, 7, False), (8, 1, True), (8, 7, False), (64, 7, True), (64, 1, False), (1, 1, True)])
+@pytest.mark.parametrize(
+    "width, rows, keep_seen",
+    [(1, 7, False), (8, 1, True), (8, 7, False), (64, 7, True), (64, 1, False), (1, 1, True)],
+)
 def test_top_ten_equals_scoring_every_title(toy, scored, softmax, width, rows, keep_seen):
     _, model, _, prompts = toy
     windows, truth = scored
@@ -65,11 +86,19 @@ def test_top_ten_equals_scoring_every_title(toy, scored, softmax, width, rows, k
 
 def test_the_two_normalisations_differ(scored):
     _, truth = scored
-    assert np.abs(truth["full"] - truth["trie"]).max() > 0.01 and (truth["full"] <= truth["trie"] + 1e-9).all()
+    assert (
+        np.abs(truth["full"] - truth["trie"]).max() > 0.01
+        and (truth["full"] <= truth["trie"] + 1e-9).all()
+    )
 
 
 CATALOGUES = {  # (titles, lengths, letters): many shared prefixes, runs of one continuation, titles that begin other titles
-    "bushy": (30, (1, 5), 3), "long runs": (12, (4, 12), 4), "one letter": (9, (1, 10), 1), "one item": (1, (3, 4), 5), "two": (2, (1, 4), 2)}
+    "bushy": (30, (1, 5), 3),
+    "long runs": (12, (4, 12), 4),
+    "one letter": (9, (1, 10), 1),
+    "one item": (1, (3, 4), 5),
+    "two": (2, (1, 4), 2),
+}
 
 
 @pytest.mark.parametrize("softmax", ["trie", "full"])
@@ -77,15 +106,24 @@ CATALOGUES = {  # (titles, lengths, letters): many shared prefixes, runs of one 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_odd_catalogues(name, kind, softmax):
     n, lengths, letters = CATALOGUES[name]
-    prompts, model = random_prompts(4, n, lengths=lengths, letters=letters, bos=kind == "llama"), small_model(kind, scale=0.5)
+    prompts, model = (
+        random_prompts(4, n, lengths=lengths, letters=letters, bos=kind == "llama"),
+        small_model(kind, scale=0.5),
+    )
     random = np.random.default_rng(0)
     windows = []
     for user in range(3):
-        items = tuple(random.permutation(n)[:1 + user * n // 6].tolist())
+        items = tuple(random.permutation(n)[: 1 + user * n // 6].tolist())
         windows.append(Window(user, items + (0,), 0, len(items)))
     truth = score_all(model, prompts, windows)[softmax]
     for k, width, keep_seen in ((1, 2, True), (5, 1, False), (n + 3, 8, True), (n + 3, 3, False)):
-        check(rank(model, prompts, windows, k, softmax, keep_seen, width, 2), truth, windows, k, keep_seen)
+        check(
+            rank(model, prompts, windows, k, softmax, keep_seen, width, 2),
+            truth,
+            windows,
+            k,
+            keep_seen,
+        )
 
 
 def test_a_title_that_begins_another():
@@ -96,19 +134,42 @@ def test_a_title_that_begins_another():
     truth = score_all(model, prompts, windows)
     for softmax in ("trie", "full"):
         for width in (1, 4):
-            check(rank(model, prompts, windows, 4, softmax, True, width), truth[softmax], windows, 4, True)
+            check(
+                rank(model, prompts, windows, 4, softmax, True, width),
+                truth[softmax],
+                windows,
+                4,
+                True,
+            )
 
 
 @pytest.mark.parametrize("softmax", ["trie", "full"])
 def test_a_model_that_follows_no_mask_is_read_prompt_by_prompt(softmax):
     """Mamba has no attention, so no mask to follow."""
-    prompts, model = random_prompts(4, 20, lengths=(1, 5), letters=3), small_model("mamba", scale=0.5)
-    windows = [Window(user, tuple(np.random.default_rng(user).permutation(20)[:3 + user].tolist()), 0, 2 + user) for user in range(4)]
+    prompts, model = (
+        random_prompts(4, 20, lengths=(1, 5), letters=3),
+        small_model("mamba", scale=0.5),
+    )
+    windows = [
+        Window(
+            user,
+            tuple(np.random.default_rng(user).permutation(20)[: 3 + user].tolist()),
+            0,
+            2 + user,
+        )
+        for user in range(4)
+    ]
     prompts = fit_prompts(model, prompts, windows)
     assert prompts.alone
     truth = score_all(model, prompts, windows)[softmax]
     for width, rows in ((1, 4), (5, 2)):
-        check(rank(model, prompts, windows, 10, softmax, False, width, rows), truth, windows, 10, False)
+        check(
+            rank(model, prompts, windows, 10, softmax, False, width, rows),
+            truth,
+            windows,
+            10,
+            False,
+        )
 
 
 def test_scores_over_legal_tokens_are_a_distribution():
@@ -120,7 +181,11 @@ def test_scores_over_legal_tokens_are_a_distribution():
 def test_all_titles_seen_gives_an_empty_list():
     prompts, model = random_prompts(6, 3), small_model()
     ranking = rank(model, prompts, [Window(0, (0, 1, 2, 0), 0, 3), Window(1, (0, 1), 0, 1)], 2)
-    assert (ranking.items[0] == -1).all() and (ranking.scores[0] == -np.inf).all() and set(ranking.items[1]) == {1, 2}
+    assert (
+        (ranking.items[0] == -1).all()
+        and (ranking.scores[0] == -np.inf).all()
+        and set(ranking.items[1]) == {1, 2}
+    )
 
 
 def test_seen_can_be_given():
@@ -143,7 +208,9 @@ def test_scores_that_are_not_numbers_are_an_error(softmax):
     windows = [Window(0, (0, 1, 2), 0, 2), Window(1, (3, 4, 5), 0, 2)]
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.get_input_embeddings().weight[prompts.titles[4][0]] = float("nan")  # one user's history alone
+        broken.get_input_embeddings().weight[prompts.titles[4][0]] = float(
+            "nan"
+        )  # one user's history alone
     with pytest.raises(InputError, match="NaN"):
         rank(broken, prompts, windows, 3, softmax)
     with torch.no_grad():
@@ -163,13 +230,24 @@ def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
         prompt = torch.tensor([prompt_of(prompts, window)])
         start = prompt.shape[1]
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), num_beams=4 * n, num_return_sequences=n, do_sample=False, length_penalty=0.0,
-            max_new_tokens=6, early_stopping="never", renormalize_logits=softmax == "trie", eos_token_id=1, pad_token_id=1,
-            return_dict_in_generate=True, output_scores=True,
-            prefix_allowed_tokens_fn=lambda _, ids: legal.get(tuple(ids[start:].tolist()), [1]))
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            num_beams=4 * n,
+            num_return_sequences=n,
+            do_sample=False,
+            length_penalty=0.0,
+            max_new_tokens=6,
+            early_stopping="never",
+            renormalize_logits=softmax == "trie",
+            eos_token_id=1,
+            pad_token_id=1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            prefix_allowed_tokens_fn=lambda _, ids: legal.get(tuple(ids[start:].tolist()), [1]),
+        )
         theirs = {}
         for ids, score in zip(out.sequences[:, start:].tolist(), out.sequences_scores.tolist()):
-            title = ids[:ids.index(1)] if 1 in ids else ids
+            title = ids[: ids.index(1)] if 1 in ids else ids
             if title in prompts.titles:
                 theirs.setdefault(prompts.titles.index(title), score)
         ours = rank(model, prompts, [window], n, softmax, True)
@@ -180,6 +258,7 @@ def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
 
 # ------------------------------------------------------------------------------------------------ real data
 
+
 @torch.no_grad()
 def score_all_cached(model, prompts, window, legal, rows=128):
     """score_all for one window of a large catalogue: the prompt is read once, then copied for each title's own row."""
@@ -188,13 +267,25 @@ def score_all_cached(model, prompts, window, legal, rows=128):
     first = DynamicCache(config=model.config)
     start = model(prompt, cache=first, use_cache=True).logits[0, -1:]
     while at < len(order):
-        some = [i for i in order[at:at + rows] if len(prompts.titles[i]) == len(prompts.titles[order[at]])]  # no padding
+        some = [
+            i
+            for i in order[at : at + rows]
+            if len(prompts.titles[i]) == len(prompts.titles[order[at]])
+        ]  # no padding
         cache = copy.deepcopy(first)
         cache.batch_repeat_interleave(len(some))
-        logits = model(torch.tensor([prompts.titles[i] for i in some]), cache=cache, use_cache=True).logits
-        results += [(i, title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal)) for i, z in zip(some, logits)]
+        logits = model(
+            torch.tensor([prompts.titles[i] for i in some]), cache=cache, use_cache=True
+        ).logits
+        results += [
+            (i, title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal))
+            for i, z in zip(some, logits)
+        ]
         at += len(some)
-    return {softmax: np.array([scores[softmax] for _, scores in sorted(results)]) for softmax in ("full", "trie")}
+    return {
+        softmax: np.array([scores[softmax] for _, scores in sorted(results)])
+        for softmax in ("full", "trie")
+    }
 
 
 @pytest.mark.slow
@@ -202,6 +293,7 @@ def score_all_cached(model, prompts, window, legal, rows=128):
 def test_top_ten_of_fifty_users_of_ml_100k():
     import gdrt
     from data import build_trees
+
     dataset = load_dataset("ml-100k")
     model, tokenizer = gdrt.start_model(gdrt.parser().parse_args([]), dataset, gdrt.Job())
     prompts = make_prompts(dataset, tokenizer, positions(model))

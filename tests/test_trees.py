@@ -1,4 +1,5 @@
 """Trees against separate prompts that the tests put together themselves and run through the model's own causal mask."""
+
 import copy
 import types
 
@@ -12,10 +13,26 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gdrt
-from data import (InputError, Window, build_tree, build_trees, build_trie, by_trunk, collate, load_dataset, make_prompts, packs,
-                  target_logits)
+from data import (
+    InputError,
+    Window,
+    build_tree,
+    build_trees,
+    build_trie,
+    by_trunk,
+    collate,
+    load_dataset,
+    make_prompts,
+    packs,
+    target_logits,
+)
 
-KINDS = [(kind, tied, bos) for kind in ("llama", "gpt2") for tied in (True, False) for bos in (True, False)]
+KINDS = [
+    (kind, tied, bos)
+    for kind in ("llama", "gpt2")
+    for tied in (True, False)
+    for bos in (True, False)
+]
 
 
 def tree_nll(model, batch):
@@ -30,12 +47,16 @@ def gradients(model, loss):
 def furthest(ours, theirs):
     """Largest difference of two lists of tensors; None stands for zeros."""
     pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None or b is not None]
-    return max(float(((0 if a is None else a) - (0 if b is None else b)).abs().max()) for a, b in pairs)
+    return max(
+        float(((0 if a is None else a) - (0 if b is None else b)).abs().max()) for a, b in pairs
+    )
 
 
 def in_order(batch, values):
     """Values (N,) of a batch sorted by window and place in the title, as the separate prompts come."""
-    return values[sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))]
+    return values[
+        sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))
+    ]
 
 
 def compare(model, prompts, windows, tamper=lambda batch: batch, pack=True):
@@ -50,7 +71,12 @@ def compare(model, prompts, windows, tamper=lambda batch: batch, pack=True):
 
 def causal(batch):
     T = batch.ids.shape[1]
-    return batch._replace(mask=torch.full((T, T), torch.finfo(torch.float32).min).triu(1).expand(len(batch.ids), 1, T, T).clone())
+    return batch._replace(
+        mask=torch.full((T, T), torch.finfo(torch.float32).min)
+        .triu(1)
+        .expand(len(batch.ids), 1, T, T)
+        .clone()
+    )
 
 
 def absolute(batch):
@@ -61,7 +87,9 @@ def absolute(batch):
 def test_trees_equal_separate_prompts_on_trained_weights(toy, pack):
     dataset, model, _, prompts = toy
     for seed in range(3):
-        nll, gradient = compare(model, prompts, random_windows(len(dataset.titles), seed), pack=pack)
+        nll, gradient = compare(
+            model, prompts, random_windows(len(dataset.titles), seed), pack=pack
+        )
         assert nll < 1e-5 and gradient < 1e-5
 
 
@@ -97,13 +125,22 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
     """The same windows an update, packed or not: the same losses and, after four updates of SGD, the same weights."""
     dataset, model, _, prompts = toy
     table = torch.arange(prompts.trie.path.size).reshape(prompts.trie.path.shape) % 3
-    batches = [dataset.train[i:i + 20] for i in range(0, 80, 20)]
+    batches = [dataset.train[i : i + 20] for i in range(0, 80, 20)]
     results = []
     for pack in (True, False):
         trained, losses, log_q = copy.deepcopy(model), [], torch.zeros(3)
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.3)
         for windows in batches:
-            log_q, line = gdrt.update(trained, optimizer, build_trees(prompts, windows, pack), prompts, table, objective, log_q, gdrt.Job())
+            log_q, line = gdrt.update(
+                trained,
+                optimizer,
+                build_trees(prompts, windows, pack),
+                prompts,
+                table,
+                objective,
+                log_q,
+                gdrt.Job(),
+            )
             losses.append(line["loss"])
         results.append((losses, [p.detach() for p in trained.parameters()]))
     (packed, weights), (separate, others) = results
@@ -114,18 +151,25 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
 
 # ------------------------------------------------------------------------------------------------ pieces of a prompt
 
+
 def word_tokenizer(words, bos="<s>", eos="</s>", adds_bos=False):
     """One token a word; adds_bos: as many Llama tokenisers, it puts BOS before every text unless told not to."""
     names = [name for name in (bos, eos, "<unk>") if name] + sorted(words)
     tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     if adds_bos:
-        tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, names.index(bos))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token="<unk>")
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, names.index(bos))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, unk_token="<unk>"
+    )
 
 
 def words_of(dataset):
-    return {word for title in dataset.titles for word in f'"{title}"'.split()} | set("movies watched recommend the".split())
+    return {word for title in dataset.titles for word in f'"{title}"'.split()} | set(
+        "movies watched recommend the".split()
+    )
 
 
 @pytest.mark.parametrize("bos, adds_bos", [("<s>", True), ("<s>", False), (None, False)])
@@ -135,25 +179,33 @@ def test_a_prompt_has_one_bos_where_there_is_one(bos, adds_bos):
     prompts, window = make_prompts(dataset, tokenizer, 512), dataset.train[5]
     ids = build_tree(prompts, [window], [0]).ids.tolist()
     assert ids == prompt_of(prompts, window) + prompts.titles[window.items[window.stop]]
-    assert ids.count(tokenizer.bos_token_id) == (bos is not None) and (bos is None or ids[0] == tokenizer.bos_token_id)
-    for item in window.items[window.start:window.stop]:
+    assert ids.count(tokenizer.bos_token_id) == (bos is not None) and (
+        bos is None or ids[0] == tokenizer.bos_token_id
+    )
+    for item in window.items[window.start : window.stop]:
         assert f'"{dataset.titles[item]}"' in tokenizer.decode(ids)
 
 
 def test_the_prompt_reads_as_the_template_says(toy):
     dataset, _, tokenizer, prompts = toy
     window = dataset.train[5]
-    history = "\n".join(f'"{dataset.titles[item]}"' for item in window.items[window.start:window.stop])
+    history = "\n".join(
+        f'"{dataset.titles[item]}"' for item in window.items[window.start : window.stop]
+    )
     text = tokenizer.decode(build_tree(prompts, [window], [0]).ids.tolist())
-    assert text == ("<bos>### Instruction:\nGiven the movies a user has watched, oldest first, recommend the next one.\n\n### Input:\n"
-                    f'{history}\n\n### Response:\n"{dataset.titles[window.items[window.stop]]}"')
+    assert text == (
+        "<bos>### Instruction:\nGiven the movies a user has watched, oldest first, recommend the next one.\n\n### Input:\n"
+        f'{history}\n\n### Response:\n"{dataset.titles[window.items[window.stop]]}"'
+    )
 
 
 def test_titles_of_equal_tokens_are_an_error():
     with pytest.raises(InputError, match="items 0 and 2"):
         build_trie([[5, 6, 1], [5, 1], [5, 6, 1]])
     dataset = load_dataset("toy")
-    strangers = word_tokenizer(set())  # every word is unknown: all titles of three words look the same
+    strangers = word_tokenizer(
+        set()
+    )  # every word is unknown: all titles of three words look the same
     with pytest.raises(InputError, match="same title tokens"):
         make_prompts(dataset, strangers, 512)
 
@@ -166,23 +218,30 @@ def test_a_tokenizer_without_eos_is_an_error():
 
 # ------------------------------------------------------------------------------------------------ short models, stubborn models
 
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_history_longer_than_the_model_loses_its_oldest_titles(kind, pack):
     """Every window keeps the longest end of its history that leaves room for the longest title, and the rest is counted."""
-    model, prompts = small_model(kind, places=32), random_prompts(3, n=14, longest=32, lengths=(2, 5))
+    model, prompts = (
+        small_model(kind, places=32),
+        random_prompts(3, n=14, longest=32, lengths=(2, 5)),
+    )
     items = tuple(range(14))
     windows = [Window(0, items, 0, stop) for stop in range(1, 14)]
     room = 32 - max(map(len, prompts.titles))
 
     def skipped(window):
         return next(skip for skip in range(99) if len(prompt_of(prompts, window, skip)) <= room)
+
     skips = [skipped(window) for window in windows]
     assert skips[0] == 0 and skips[-1] > 3
     trees = build_trees(prompts, windows, pack)
     batch = collate(trees)
     assert batch.position.max() < 32
-    separate = torch.cat([separate_nll(model, prompts, window, skip) for window, skip in zip(windows, skips)])
+    separate = torch.cat(
+        [separate_nll(model, prompts, window, skip) for window, skip in zip(windows, skips)]
+    )
     assert (in_order(batch, tree_nll(model, batch)) - separate).abs().max() < 1e-5
     for tree in trees:
         assert tree.dropped == max(skips[i] for i in set(tree.window.tolist()))
@@ -196,9 +255,13 @@ def test_a_model_too_short_for_any_title_is_an_error():
 
 def deaf(model, *names):
     """The model's class with a forward that ignores the arguments called `names`."""
+
     class Deaf(type(model)):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **{key: value for key, value in kwargs.items() if key not in names})
+            return super().forward(
+                *args, **{key: value for key, value in kwargs.items() if key not in names}
+            )
+
     return types.new_class("Deaf", (Deaf,))(model.config).eval()
 
 
@@ -213,7 +276,9 @@ def test_a_model_that_ignores_the_mask_is_noticed(name):
 def test_it_is_noticed_though_the_first_users_have_one_target():
     """A tree with one branch is a plain prompt: it tells nothing about the mask."""
     model, prompts = small_model(), random_prompts(1)
-    windows = [window for user in range(20) for window in random_windows(12, user)[:1]] + random_windows(12, 1)
+    windows = [
+        window for user in range(20) for window in random_windows(12, user)[:1]
+    ] + random_windows(12, 1)
     assert not packs(deaf(model, "attention_mask"), prompts, windows)
 
 
@@ -223,4 +288,5 @@ def test_a_model_that_refuses_the_mask_is_noticed():
             if attention_mask is not None and attention_mask.dim() > 2:
                 raise ValueError("attention_mask should have 2 dimensions")
             return super().forward(*args, attention_mask=attention_mask, **kwargs)
+
     assert not packs(Refuses(small_model().config).eval(), random_prompts(1), random_windows(12, 1))
