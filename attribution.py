@@ -31,14 +31,14 @@ from data import (
     build_tree,
     build_trees,
     by_length,
-    by_trunk,
+    by_shared_prefix,
     collate,
     legal_tokens,
+    limit_onednn_cache,
     load_run,
     log_softmax_over,
     logits_at,
     run_command,
-    settle_libraries,
     target_logits,
     write_atomic,
 )
@@ -52,7 +52,7 @@ WINDOWS_PER_TITLE = 1  # at least: trees are taken whole, so most titles get mor
 
 
 @contextlib.contextmanager
-def measuring(model):
+def forward_mode(model):
     """Evaluation mode, no gradient graph, and eager attention: the fused kernels have no forward-mode derivative."""
     training = model.training
     model.eval()
@@ -63,7 +63,7 @@ def measuring(model):
         model.train(training)
 
 
-class LeanDuals(TorchFunctionMode):
+class FastForwardAD(TorchFunctionMode):
     """Forward mode through linear layers and softmax without PyTorch's detours: it takes a third matrix product, for the
     weight's zero tangent, and three more exponentials."""
 
@@ -123,7 +123,7 @@ def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
     legal, total = trie and legal_tokens(batch, trie), 0
     for j in range(steps):
         s = (j + 0.5) / steps
-        with forward_ad.dual_level(), LeanDuals():
+        with forward_ad.dual_level(), FastForwardAD():
             dual = target_logits(
                 model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta)
             )
@@ -166,11 +166,11 @@ def attributions(
         ]
 
     parts = []
-    with measuring(model):
+    with forward_mode(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
             batch = collate([trees[i] for i in indices], device)
             A = [a.cpu().double() for a in measure(batch)]
-            parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.step, batch.window)])
+            parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.place, batch.window)])
     return [np.concatenate(part) for part in zip(*parts)]
 
 
@@ -188,7 +188,7 @@ def sample_windows(windows, per_title, seed):
 
     Trees are drawn at random and taken whole if a title in them is still wanted: their trunks are paid for once.
     """
-    groups, taken, chosen = by_trunk(windows), Counter(), []
+    groups, taken, chosen = by_shared_prefix(windows), Counter(), []
     for g in np.random.default_rng(seed).permutation(len(groups)):
         targets = [windows[i].items[windows[i].stop] for i in groups[g]]
         if any(taken[target] < per_title for target in targets):
@@ -218,13 +218,13 @@ def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, d
         targets = sorted({w.items[w.stop] for w in windows})
         trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
         parts = []
-        with measuring(model):
+        with forward_mode(model):
             for indices in by_length(trees):
                 batch = collate([trees[i] for i in indices], device)
                 p = label_log_prob(
                     target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)
                 ).exp()
-                parts.append([x.cpu().numpy() for x in (p.cpu().double(), batch.item, batch.step)])
+                parts.append([x.cpu().numpy() for x in (p.cpu().double(), batch.item, batch.place)])
         r, item, step = (np.concatenate(part) for part in zip(*parts))
     else:
         trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
@@ -298,11 +298,13 @@ def token_attribution(
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
         row = torch.arange(R, device=device).repeat_interleave(N)
-        logits = logits_at(model, row, one.source.repeat(R), inputs_embeds=embeds, use_cache=False)
+        logits = logits_at(
+            model, row, one.predict_at.repeat(R), inputs_embeds=embeds, use_cache=False
+        )
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
     values, gap = torch.zeros(N, T, device=device), None
-    with measuring(model):
+    with forward_mode(model):
         E, delta = path_ends(model, one, (TEMPLATE, USER, TITLE))  # (1, T, D)
         own = log_prob(E)  # (1, N)
         if method == "ablation":
@@ -577,7 +579,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    settle_libraries(args.cache)
+    limit_onednn_cache(args.cache)
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: one point or more is needed")
     _, dataset, model, tokenizer, prompts = load_run(args.run, args.cache, args.data_dir)

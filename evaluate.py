@@ -39,23 +39,22 @@ from data import (
     collate,
     flat_ranges,
     legal_tokens,
+    limit_onednn_cache,
     load_dataset,
     load_run,
     log_softmax_over,
     logits_at,
+    normalize_text,
     read_json,
     run_command,
-    settle_libraries,
-    squeeze,
     target_logits,
     write_atomic,
 )
 
-
 # ------------------------------------------------------------------------------------------------ exact search
 
 
-class Forks(NamedTuple):
+class RadixTrie(NamedTuple):
     """The title trie with every run of single continuations folded into one edge. Fork 0 is the root; F forks."""
 
     up: torch.Tensor  # (F,) the fork above
@@ -66,7 +65,7 @@ class Forks(NamedTuple):
     first: torch.Tensor  # (F + 1,) the forks below f are first[f]..first[f + 1] - 1
 
 
-def fold(trie, device="cpu"):
+def compress(trie, device="cpu"):
     """Trie -> Forks, numbered breadth first, so that the forks below one fork are neighbours."""
     children = np.split(trie.child, trie.first[1:-1])
     up, runs, depth, item, first, nodes = [0], [[]], [0], [-1], [], [0]
@@ -83,7 +82,7 @@ def fold(trie, device="cpu"):
     for row, tokens in zip(run, runs):
         row[: len(tokens)] = tokens
     arrays = up, run, [len(r) for r in runs], depth, item, first + [len(nodes)]
-    return Forks(*(torch.as_tensor(np.array(a), device=device) for a in arrays))
+    return RadixTrie(*(torch.as_tensor(np.array(a), device=device) for a in arrays))
 
 
 def score_children(logits, fork, forks, softmax):
@@ -126,7 +125,7 @@ def rank(
     target. NaN scores are an InputError.
     """
     forks, trees = (
-        fold(prompts.trie, device),
+        compress(prompts.trie, device),
         build_trees(prompts, windows, pack=False, targets=False),
     )
     k_kept = min(k, len(prompts.titles))
@@ -151,7 +150,7 @@ def rank(
             k_kept,
             softmax,
             width,
-            prompts.alone,
+            prompts.packed,
         )
         best, place = score.topk(k_kept, dim=1)  # (B, k)
         scores[chosen, :k_kept] = best.cpu().double().numpy()
@@ -175,9 +174,14 @@ class CachedPrompts:
             DynamicCache(config=model.config),
         )
         self.logits = logits_at(
-            model, batch.row, batch.source, input_ids=batch.ids, cache=self.cache, use_cache=True
+            model,
+            batch.row,
+            batch.predict_at,
+            input_ids=batch.ids,
+            cache=self.cache,
+            use_cache=True,
         )
-        self.base = batch.source + 1  # (B,) position of the first title token
+        self.base = batch.predict_at + 1  # (B,) position of the first title token
         self.prompt = torch.arange(P, device=device) < self.base[:, None]  # (B, P) not padding
         self.slot = torch.full(
             (B, len(forks.up)), -1, device=device
@@ -243,9 +247,9 @@ class SeparatePrompts:
 
     def __init__(self, model, batch, forks, feed):
         self.model, self.forks, self.feed = model, forks, feed
-        self.prompts = [ids[: stop + 1] for ids, stop in zip(batch.ids, batch.source)]
+        self.prompts = [ids[: stop + 1] for ids, stop in zip(batch.ids, batch.predict_at)]
         self.logits = logits_at(
-            model, batch.row, batch.source, input_ids=batch.ids, use_cache=False
+            model, batch.row, batch.predict_at, input_ids=batch.ids, use_cache=False
         )
 
     def keep(self, active):
@@ -269,11 +273,11 @@ class SeparatePrompts:
         return logits_at(self.model, owner[read], column[read], input_ids=ids, use_cache=False)
 
 
-def search(model, batch, forks, allowed, k, softmax, width, alone=False):
+def search(model, batch, forks, allowed, k, softmax, width, packed=True):
     """Best-first search for a batch of B prompts -> (scores (B, F) of allowed complete titles, -inf elsewhere; count (B,)).
 
     score[b, f] is the log-probability of the path to fork f: exact once its edge is read (under 'trie' at once, the rest
-    of a run being certain), an upper bound before. alone: the model follows no mask.
+    of a run being certain), an upper bound before. packed: the model follows a mask.
     """
     B, F, device = len(batch.ids), len(forks.up), batch.ids.device
     leaf = forks.item >= 0
@@ -287,7 +291,7 @@ def search(model, batch, forks, allowed, k, softmax, width, alone=False):
     result = torch.full((B, F), -torch.inf, device=device)
     count = torch.zeros(B, dtype=torch.long, device=device)
 
-    reader = (SeparatePrompts if alone else CachedPrompts)(model, batch, forks, feed)
+    reader = (CachedPrompts if packed else SeparatePrompts)(model, batch, forks, feed)
     alive = torch.arange(B, device=device)
     score = torch.full((B, F), -torch.inf, device=device)
     owner, child, value = score_children(reader.logits, torch.zeros_like(alive), forks, softmax)
@@ -433,7 +437,7 @@ def fairness(GP, GH):
     return np.abs(GU).mean(-1), GU.max(-1) - GU.min(-1)
 
 
-def in_thirds(count, each):
+def by_tercile(count, per_window):
     """Accuracy on windows of low, middle and high count (n,), a third each as far as ties allow (our choice).
 
     -> {"tail" | "middle" | "head": {"n", "from", "to" (counts), and the means of `each`}}
@@ -446,7 +450,7 @@ def in_thirds(count, each):
             "n": int((third == i).sum()),
             "from": int(count[third == i].min()),
             "to": int(count[third == i].max()),
-            **{metric: float(values[third == i].mean()) for metric, values in each.items()},
+            **{metric: float(values[third == i].mean()) for metric, values in per_window.items()},
         }
         for i, name in enumerate(("tail", "middle", "head"))
         if (third == i).any()
@@ -456,8 +460,8 @@ def in_thirds(count, each):
 def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
     """All that ranked lists tell: items, scores (n, K) -> (metrics, {"NDCG@10": (n,), ...})."""
     targets = np.array([w.items[w.stop] for w in windows])
-    each = accuracy(items, scores, targets, ks)
-    metrics = {name: float(values.mean()) for name, values in each.items()}
+    per_window = accuracy(items, scores, targets, ks)
+    metrics = {name: float(values.mean()) for name, values in per_window.items()}
     for kind, (names, member, GH) in item_groups(dataset).items():
         shares = metrics[f"{kind}exposure"] = {"groups": names, "GH": GH.tolist()}
         for k in ks:
@@ -471,9 +475,9 @@ def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
         np.bincount(users, minlength=len(dataset.users)),
         np.bincount(positives, minlength=len(dataset.titles)),
     )
-    metrics["by user activity"] = in_thirds(activity[[w.user for w in windows]], each)
-    metrics["by item popularity"] = in_thirds(popularity[targets], each)
-    return metrics, each
+    metrics["by user activity"] = by_tercile(activity[[w.user for w in windows]], per_window)
+    metrics["by item popularity"] = by_tercile(popularity[targets], per_window)
+    return metrics, per_window
 
 
 def popularity_lists(dataset, windows, k, keep_seen=False):
@@ -492,7 +496,7 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
 # ------------------------------------------------------------------------------------------------ predictions
 
 
-def write_predictions(path, dataset, windows, ranking, each):
+def write_predictions(path, dataset, windows, ranking, per_window):
     """A line a window: user, position, history as the model read it, target, the titles listed, their scores, NLLs."""
     lines = []
     for i, w in enumerate(windows):
@@ -506,8 +510,8 @@ def write_predictions(path, dataset, windows, ranking, each):
                     "target": dataset.titles[w.items[w.stop]],
                     "titles": [dataset.titles[j] for j in ranking.items[i][kept]],
                     "scores": ranking.scores[i][kept].tolist(),
-                    "NLL": each["NLL"][i],
-                    "legal NLL": each["legal NLL"][i],
+                    "NLL": per_window["NLL"][i],
+                    "legal NLL": per_window["legal NLL"][i],
                 },
                 ensure_ascii=False,
             )
@@ -563,7 +567,7 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
                 f'{place}: should be an object with "user", "position" and a list "titles"'
             )
         key = str(line["user"]), line.get("position")
-        name = squeeze(f"user {key[0]}, position {key[1]}")
+        name = normalize_text(f"user {key[0]}, position {key[1]}")
         if not isinstance(key[1], (int, type(None))) or key not in left:
             raise InputError(
                 f"{place}: {name} is no test window of {dataset.name}; predict the same split"
@@ -654,7 +658,7 @@ def token_nlls(model, prompts, trees, device="cpu"):
                     full.cpu().double(),
                     legal.cpu().double(),
                     batch.item,
-                    batch.step,
+                    batch.place,
                     batch.window,
                 )
             ]
@@ -764,13 +768,16 @@ def evaluate_model(
 ):
     """Everything a table shows of a model on `windows` -> (metrics dict, per-window dict of (n,) arrays, Ranking)."""
     ranking = rank(model, prompts, windows, 10, softmax, keep_seen, device=device)
-    metrics, each = list_metrics(dataset, windows, ranking.items, ranking.scores)
+    metrics, per_window = list_metrics(dataset, windows, ranking.items, ranking.scores)
     full, legal, item, step, window = token_nlls(
         model, prompts, build_trees(prompts, windows), device
     )
-    each["NLL"] = np.bincount(window, weights=full, minlength=len(windows))
-    each["legal NLL"] = np.bincount(window, weights=legal, minlength=len(windows))
-    metrics |= {"NLL": float(each["NLL"].mean()), "legal NLL": float(each["legal NLL"].mean())}
+    per_window["NLL"] = np.bincount(window, weights=full, minlength=len(windows))
+    per_window["legal NLL"] = np.bincount(window, weights=legal, minlength=len(windows))
+    metrics |= {
+        "NLL": float(per_window["NLL"].mean()),
+        "legal NLL": float(per_window["legal NLL"].mean()),
+    }
     if group is not None:
         g = group[item, step]
         metrics |= {
@@ -780,7 +787,7 @@ def evaluate_model(
         metrics["worst group NLL"] = max(
             (x for x in metrics["group NLL"] if x is not None), default=None
         )
-    return metrics, each, ranking
+    return metrics, per_window, ranking
 
 
 # ------------------------------------------------------------------------------------------------ comparison
@@ -855,7 +862,7 @@ def evaluate_run(folder, cache=None, data_dir=None):
         np.array(read_json(folder.parent / "groups.json")["group"]),
     )
     part = "valid" if arguments["no_test"] else "test"
-    metrics, each, ranking = evaluate_model(
+    metrics, per_window, ranking = evaluate_model(
         model,
         prompts,
         dataset,
@@ -878,7 +885,7 @@ def evaluate_run(folder, cache=None, data_dir=None):
         "dataset": dataset,
         "part": part,
         "metrics": metrics,
-        "each": each,
+        "per_window": per_window,
         "items": ranking.items,
         "moved": moved,
     }
@@ -925,9 +932,9 @@ MEANS = "HR@5", "NDCG@5", "MRR@5", "HR@10", "NDCG@10", "MRR@10", "NLL", "legal N
 def sampled(dataset, members):
     """What has an interval -> {metric: (values (S, n) or (S, n, G), statistic or None)}. Coverage has none: draws repeat lists."""
     found = {
-        name: (np.stack([run["each"][name] for run in members]), None)
+        name: (np.stack([run["per_window"][name] for run in members]), None)
         for name in MEANS
-        if name in members[0]["each"]
+        if name in members[0]["per_window"]
     }
     items = np.stack([run["items"] for run in members])  # (S, n, K)
     for kind, (_, member, GH) in item_groups(dataset).items():
@@ -1006,7 +1013,7 @@ def loss_name(loss):
     return {"sft": "SFT", "gdrt": "GDRT"}.get(loss, loss)
 
 
-def figure(x, digits=3):
+def fmt(x, digits=3):
     return "" if x is None else f"{x:.{digits}f}"
 
 
@@ -1019,9 +1026,9 @@ def result_table(folder, losses):
     def row(name, metrics, audit, seconds):
         return (
             name,
-            *(figure(metrics[column], 4) for column in COLUMNS),
-            figure(audit and audit["ablation"]["auxiliary share"]),
-            figure(seconds, 0),
+            *(fmt(metrics[column], 4) for column in COLUMNS),
+            fmt(audit and audit["ablation"]["auxiliary share"]),
+            fmt(seconds, 0),
         )
 
     rows = [
@@ -1042,15 +1049,15 @@ def audit_table(audits):
         share = audit["ablation"]["auxiliary share"]
         return (
             name,
-            figure(share),
+            fmt(share),
             f"{share / (1 - share):.2f} : 1" if share < 1 else "all",
-            figure(audit["ablation"]["auxiliary share first"]),
+            fmt(audit["ablation"]["auxiliary share first"]),
             *(
-                figure(audit[method][key])
+                fmt(audit[method][key])
                 for method in ("legal ablation", "gradient")
                 for key in ("auxiliary share", "auxiliary share first")
             ),
-            figure(audit["NDCG@10 lost by shuffled histories"], 4),
+            fmt(audit["NDCG@10 lost by shuffled histories"], 4),
         )
 
     return (
@@ -1069,7 +1076,7 @@ def audit_table(audits):
     )
 
 
-def thirds_table(models, by, metric="NDCG@10"):
+def tercile_table(models, by, metric="NDCG@10"):
     """(header, rows) of what in_thirds found for {name: [metrics of each seed]}: a row a third of the windows."""
     parts = next(iter(models.values()))[0][by]
     return (
@@ -1080,7 +1087,7 @@ def thirds_table(models, by, metric="NDCG@10"):
                 f"{x['from']} to {x['to']}",
                 x["n"],
                 *(
-                    figure(np.mean([m[by][name][metric] for m in seeds]), 4)
+                    fmt(np.mean([m[by][name][metric] for m in seeds]), 4)
                     for seeds in models.values()
                 ),
             )
@@ -1226,7 +1233,7 @@ def training_section(folder, runs):
                 for key in ("loss", "nll", "group_nll", "q")
             }
             rows.append(
-                (f"{name}, {label}", *(figure(x) for key in mean for x in np.atleast_1d(mean[key])))
+                (f"{name}, {label}", *(fmt(x) for key in mean for x in np.atleast_1d(mean[key])))
             )
     header = "updates", "loss", "NLL", *(f"NLL {g}" for g in groups), *(f"q {g}" for g in groups)
     return [
@@ -1249,7 +1256,7 @@ def attribution_section(audits):
     }
     panels = [(f"auxiliary share by {kind}", labels[kind], series) for kind, series in by.items()]
     tables = [
-        ((f"by {kind}", *labels[kind]), [(name, *map(figure, x)) for name, x in series.items()])
+        ((f"by {kind}", *labels[kind]), [(name, *map(fmt, x)) for name, x in series.items()])
         for kind, series in by.items()
     ]
     return [
@@ -1277,14 +1284,14 @@ def exposure_section(models):
             [("share by popularity group", some["groups"], shares)],
             1,
             "exposure of popularity groups",
-            (("", *some["groups"]), [(name, *map(figure, x)) for name, x in shares.items()]),
+            (("", *some["groups"]), [(name, *map(fmt, x)) for name, x in shares.items()]),
         ),
         html_text(NOTE),
         html_text(
             "NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to be found:"
         ),
         *(
-            html_table(*thirds_table({name: [metrics] for name, metrics in models.items()}, by))
+            html_table(*tercile_table({name: [metrics] for name, metrics in models.items()}, by))
             for by in ("by user activity", "by item popularity")
         ),
     ]
@@ -1368,9 +1375,9 @@ def write_report(folder, path=None):
                 [
                     (
                         g,
-                        figure(share),
-                        figure(cut),
-                        *(figure(metrics["group NLL"][g]) for metrics in models.values()),
+                        fmt(share),
+                        fmt(cut),
+                        *(fmt(metrics["group NLL"][g]) for metrics in models.values()),
                     )
                     for g, (share, cut) in enumerate(zip(groups["shares"], groups["cuts"]))
                 ],
@@ -1497,7 +1504,7 @@ def losses_of(folder):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    settle_libraries(args.cache)
+    limit_onednn_cache(args.cache)
     if not args.runs and not (args.predictions and args.dataset):
         raise InputError("name one RUN or more, or give --predictions FILE with --dataset")
     folders = [loss for folder in args.runs for loss in losses_of(folder)]
@@ -1526,8 +1533,8 @@ def main(argv=None):
         items, scores, missing = read_predictions(
             file, dataset, windows, allow_missing=args.allow_missing
         )
-        metrics, each = list_metrics(dataset, windows, items, scores)
-        pools[Path(file).stem] = [{"metrics": metrics, "each": each, "items": items}]
+        metrics, per_window = list_metrics(dataset, windows, items, scores)
+        pools[Path(file).stem] = [{"metrics": metrics, "per_window": per_window, "items": items}]
         for what, n in missing.items():
             if n:
                 print(f"{file}: {n} {what}, counted as misses")
@@ -1551,7 +1558,7 @@ def main(argv=None):
     print(NOTE)
     metrics = {name: [run["metrics"] for run in members] for name, members in pools.items()}
     for by in ("by user activity", "by item popularity"):
-        print("\n" + format_table(*thirds_table(metrics, by)))
+        print("\n" + format_table(*tercile_table(metrics, by)))
     if args.report:
         print(
             f"report: {write_report(folders[0].resolve().parent, None if args.report is True else args.report)}"

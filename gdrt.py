@@ -156,7 +156,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import hashlib
 import json
 import os
 import pickle
@@ -177,31 +176,25 @@ from tqdm.auto import tqdm
 
 from attribution import cut_groups, format_table, name_items, relevance, token_attribution
 from data import (
-    TINY,
     InputError,
+    announce,
     attention,
     build_trees,
-    by_trunk,
-    cache_folder,
+    by_shared_prefix,
     collate,
-    fit_prompts,
-    intact,
-    language_windows,
+    fall_back_to_unpacked,
+    is_complete,
     legal_tokens,
+    limit_onednn_cache,
     load_dataset,
-    load_model,
     log_softmax_over,
     make_prompts,
+    normalize_text,
     positions,
     read_json,
     save_model,
-    say,
-    settle_libraries,
-    squeeze,
+    start_model,
     target_logits,
-    task_text,
-    tiny_model,
-    tiny_tokenizer,
     write_atomic,
 )
 from evaluate import (
@@ -214,11 +207,10 @@ from evaluate import (
     write_report,
 )
 
-
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-class Job(NamedTuple):
+class TrainConfig(NamedTuple):
     """What training needs to know, all of it the same for every loss of a run."""
 
     lr: float = 2e-3
@@ -232,7 +224,7 @@ class Job(NamedTuple):
     save_every: int = 100  # updates between checkpoints
 
 
-def plan(trees, batch, epochs, seed):
+def make_batches(trees, batch, epochs, seed):
     """The batches of a whole run: [[tree index, ...], ...], one list an update, each of about `batch` windows.
 
     Every epoch visits every tree once. Neighbours of 20 batches are sorted by length, so that a batch wastes little
@@ -270,7 +262,7 @@ def token_nll(model, batch, prompts, job):
     batch = batch._replace(
         **{
             name: torch.nn.functional.pad(getattr(batch, name), (0, spare))
-            for name in ("row", "source", "label", "item", "step")
+            for name in ("row", "predict_at", "label", "item", "place")
         }
     )
     with torch.autocast(
@@ -318,7 +310,7 @@ def training_attention(model, job):
     return "eager" if job.device == "cpu" else model.config._attn_implementation
 
 
-def update(model, optimizer, trees, prompts, group, objective, log_q, job):
+def training_step(model, optimizer, trees, prompts, group, objective, log_q, job):
     """One optimizer step on the global batch `trees` -> (log_q, diagnostics).
 
     objective(nll (N,), group (N,), mean (K,), count (K,), log_q (K,)) -> (terms (N,), q (K,), log_q): mean and count are of
@@ -328,7 +320,7 @@ def update(model, optimizer, trees, prompts, group, objective, log_q, job):
     mine = trees[job.rank :: job.world]
     size = -(-len(mine) // job.accumulate) or 1
     batches = [collate(mine[i : i + size], job.device) for i in range(0, len(mine), size)]
-    groups = [group[batch.item, batch.step] for batch in batches]  # (N,) each
+    groups = [group[batch.item, batch.place] for batch in batches]  # (N,) each
     K, wide = (
         len(log_q),
         torch.float32 if job.device == "mps" else torch.float64,
@@ -437,7 +429,7 @@ def load_checkpoint(path, model, optimizer):
         pickle.UnpicklingError,
     ) as error:
         raise InputError(
-            f"{path}: not a checkpoint of this run ({squeeze(str(error))[:200]}); delete it, and --resume repeats that part"
+            f"{path}: not a checkpoint of this run ({normalize_text(str(error))[:200]}); delete it, and --resume repeats that part"
         ) from None
 
 
@@ -494,7 +486,9 @@ def train(
             start = time.perf_counter()
             optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(updates), job.lr)
             batch = [trees[i] for i in updates[step]]
-            log_q, line = update(model, optimizer, batch, prompts, group, objective, log_q, job)
+            log_q, line = training_step(
+                model, optimizer, batch, prompts, group, objective, log_q, job
+            )
             if not math.isfinite(line["loss"] + line["grad_norm"]):
                 raise InputError(
                     f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g} on the batch of trees "
@@ -538,55 +532,6 @@ def complete_lines(path):
 # ------------------------------------------------------------------------------------------------ the stages of a run
 
 
-def pretrain_tiny(dataset, job):
-    """A tiny model and its tokeniser that know the language of the titles, not the users -> (model, tokenizer).
-
-    It reads lists of titles that share a genre, in the prompt's own words; no user's data is in them.
-    """
-    tokenizer = tiny_tokenizer(dataset)
-    model = tiny_model(len(tokenizer)).to(job.device)
-    prompts = make_prompts(dataset, tokenizer, positions(model))
-    trees = build_trees(prompts, language_windows(dataset))
-    updates, group = (
-        plan(trees, batch=128, epochs=1, seed=0),
-        torch.zeros(prompts.trie.path.shape, dtype=torch.long, device=job.device),
-    )
-    train(model, prompts, trees, updates, (0, len(updates)), group, sft, 1, job)
-    return model, tokenizer
-
-
-def start_model(args, dataset, job):
-    """--model -> (model, tokenizer). The tiny one is pre-trained once and kept in the cache under a hash of its ingredients."""
-    if args.model != "tiny":
-        model, tokenizer = load_model(args.model, args.cache)
-        return model.to(job.device), tokenizer
-    job = Job(
-        precision=job.precision, device=job.device
-    )  # no flag of the method, no other rank has a part in it
-    recipe = [
-        FORMAT,
-        dataset.titles,
-        dataset.genres,
-        task_text(dataset),
-        TINY,
-        job.precision,
-        torch.__version__,
-    ]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    kept = cache_folder(args.cache) / f"tiny-{key}"
-    if intact(kept):
-        model, tokenizer = load_model(kept)
-        return model.to(job.device), tokenizer
-    model, tokenizer = pretrain_tiny(dataset, job)
-    try:
-        save_model(kept, model, tokenizer)
-    except OSError as error:
-        say(
-            f"{kept}: cannot be written ({error.strerror or error}), going on without keeping the pre-trained model"
-        )
-    return model, tokenizer
-
-
 def form_groups(model, prompts, windows, args, job, path):
     """Group table (items, L) long of the target tokens; measured once a run and kept in groups.json."""
     if not path.exists() and job.rank == 0:
@@ -612,11 +557,11 @@ def form_groups(model, prompts, windows, args, job, path):
     return read_json(path)
 
 
-def group_examples(groups, prompts, tokenizer, seed, each=8):
+def group_examples(groups, prompts, tokenizer, seed, per_window=8):
     """Rows (group, share, relevance from, some of its tokens with their relevance) for the terminal: what groups mean."""
     table, random, rows = np.array(groups["group"]), np.random.default_rng(seed), []
     for g, (cut, share) in enumerate(zip(groups["cuts"], groups["shares"])):
-        places = random.permutation(np.argwhere(table == g))[:each].tolist()
+        places = random.permutation(np.argwhere(table == g))[:per_window].tolist()
         tokens = [(prompts.titles[item] + [prompts.eos])[step] for item, step in places]
         text = "  ".join(
             f"{tokenizer.decode([t]).strip() or '␣'} {groups['r'][i][j]:.2f}"
@@ -630,7 +575,7 @@ def draw_windows(windows, limit, seed):
     """--windows: a seeded draw of whole trees (a user's ten neighbouring targets) until `limit` windows are there."""
     if limit is None or limit >= len(windows):
         return windows
-    groups, chosen = by_trunk(windows), []
+    groups, chosen = by_shared_prefix(windows), []
     for g in np.random.default_rng(seed).permutation(len(groups)):
         chosen += groups[g][: limit - len(chosen)]
     return [windows[i] for i in sorted(chosen)]
@@ -640,7 +585,7 @@ def open_run(folder, args, dataset):
     """What config.json is to hold -> dict, once it is clear that the run is new or, on --resume, the same as before."""
     arguments = {name: value for name, value in vars(args).items() if name not in NOT_THE_RUN}
     config, path = (
-        {"arguments": arguments, "data": dataset.digest, "facts": dataset.facts, **environment()},
+        {"arguments": arguments, "data": dataset.digest, "facts": dataset.stats, **environment()},
         folder / "config.json",
     )
     if not path.exists():
@@ -682,7 +627,7 @@ def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, fo
         ]
     }
     if not args.no_test:
-        result["test"], each, ranking = evaluate_model(
+        result["test"], per_window, ranking = evaluate_model(
             model, prompts, dataset, dataset.test, group, n_groups, **options
         )
         result["audit"] = audit(
@@ -691,11 +636,11 @@ def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, fo
             dataset.test,
             group,
             n_groups,
-            each["NDCG@10"],
+            per_window["NDCG@10"],
             seed=args.seed,
             **options,
         )
-        write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, each)
+        write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, per_window)
         if folder.name == args.loss[-1]:  # the report shows one heat map
             record = token_attribution(
                 model, tokenizer, prompts, dataset.test[0], device=job.device
@@ -719,7 +664,7 @@ NOT_THE_RUN = (
 )  # may differ on --resume
 
 
-def start_job(args):
+def make_train_config(args):
     """Job from the flags and, under torchrun, the process group (gloo on CPU, nccl on GPU)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = args.device
@@ -746,7 +691,7 @@ def start_job(args):
         else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     )
     precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
-    return Job(
+    return TrainConfig(
         args.lr,
         args.accumulate,
         precision,
@@ -792,12 +737,12 @@ def environment():
     }
 
 
-def say_facts(dataset):
+def print_stats(dataset):
     print(
         f"{dataset.name}: "
         + "; ".join(
             f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-            for name, value in dataset.facts.items()
+            for name, value in dataset.stats.items()
         )
     )
 
@@ -822,7 +767,7 @@ def model_card(args, loss):
 
 def run(args):
     """All stages of a run, each skipped where its files are there; prints the table."""
-    began, job = time.perf_counter(), start_job(args)
+    began, job = time.perf_counter(), make_train_config(args)
     folder = Path(args.out) / args.name
     if job.rank > 0:
         barrier(job)  # rank 0 first: the others find in the cache what it fetched and pre-trained
@@ -831,8 +776,9 @@ def run(args):
     )
     if job.rank == 0:
         config = open_run(folder, args, dataset)
-        say_facts(dataset)
-    model, tokenizer = start_model(args, dataset, job)
+        print_stats(dataset)
+    model, tokenizer = start_model(args.model, dataset, args.cache)
+    model.to(job.device)
     if job.rank == 0:
         barrier(job)
     prompts = make_prompts(dataset, tokenizer, positions(model))
@@ -840,9 +786,9 @@ def run(args):
     trees = build_trees(
         prompts, windows
     )  # the plan is of whole trees, whether they run packed or not
-    updates = plan(trees, args.batch, args.epochs, args.seed)
-    prompts = fit_prompts(model, prompts, windows, job.device)
-    if args.no_pack or prompts.alone:  # the same windows an update, one prompt a row
+    updates = make_batches(trees, args.batch, args.epochs, args.seed)
+    prompts = fall_back_to_unpacked(model, prompts, windows, job.device)
+    if args.no_pack or not prompts.packed:  # the same windows an update, one prompt a row
         updates = [
             [i for t in update for i in np.unique(trees[t].window).tolist()] for update in updates
         ]
@@ -863,8 +809,8 @@ def run(args):
         + build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
     ]
     if any(left) and job.rank == 0:
-        say(
-            f"{sum(left)} titles of {sum(n > 0 for n in left)} histories are left out, the oldest: the model has {prompts.longest} positions"
+        announce(
+            f"{sum(left)} titles of {sum(n > 0 for n in left)} histories are left out, the oldest: the model has {prompts.max_positions} positions"
         )
     if job.rank == 0:  # nothing was written before: a start that failed leaves no run behind
         write_atomic(folder / "config.json", json.dumps(config, indent=1))
@@ -923,7 +869,7 @@ def run(args):
             folder / "warmup" / "checkpoint.pt",
         )
         if job.rank == 0:
-            if not intact(folder / loss / "model"):
+            if not is_complete(folder / loss / "model"):
                 save_model(folder / loss / "model", model, tokenizer, model_card(args, loss))
             result = evaluated(loss)
             write_atomic(
@@ -1040,7 +986,7 @@ def parser():
     add(
         "--model",
         default="tiny",
-        help="tiny (a Llama of about 2 million parameters, pre-trained on titles here), smollm2-135m, or any Hub "
+        help="tiny (a Llama of 2 million parameters, untrained), smollm2-135m, or any Hub "
         "id or folder of a decoder-only LM",
     )
     add(
@@ -1168,7 +1114,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    settle_libraries(args.cache)
+    limit_onednn_cache(args.cache)
     args.name = (
         args.name
         or f"{Path(args.dataset).resolve().name}-{Path(args.model).resolve().name}-seed{args.seed}"

@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import gdrt
 import speed
-from attribution import AUXILIARY, format_table, ablations, measuring, segment_gradient
+
+import gdrt
+from attribution import AUXILIARY, ablations, format_table, forward_mode, segment_gradient
 from data import (
     BOS,
     TEMPLATE,
@@ -70,7 +71,7 @@ def llm_attribution(model, ids, mean, tree, **options):
     """LLMAttribution of one prompt -> {segment: (N,)}: each target token to the template's tokens and to the user's, as one feature each."""
     from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 
-    prompt = int(tree.source[0]) + 1  # the tokens before the title
+    prompt = int(tree.predict_at[0]) + 1  # the tokens before the title
     given = TextTokenInput(" ".join(map(str, tree.ids[:prompt])), ids, baselines=mean)
     features = torch.tensor(tree.segment[:prompt])[None]
     done = LLMAttribution(FeatureAblation(model), ids).attribute(
@@ -90,7 +91,7 @@ def embedding_ablation(model, tree):
     E = model.get_input_embeddings()(one.ids)  # (1, T, D)
 
     def log_prob(embeds):  # (1, T, D) -> (1, N)
-        logits = model(inputs_embeds=embeds, use_cache=False).logits[:, one.source]
+        logits = model(inputs_embeds=embeds, use_cache=False).logits[:, one.predict_at]
         return logits.log_softmax(-1).gather(-1, one.label[None, :, None])[..., 0]
 
     feature = torch.tensor([{BOS: 0, USER: 1}.get(int(s), 2) for s in tree.segment])[
@@ -112,7 +113,7 @@ def embedding_ablation(model, tree):
 def prompt_by_prompt(model, prompts, windows, measure):
     """measure(model, batch) over packed trees -> (n windows) list of (N,) tensors."""
     trees, found = build_trees(prompts, windows), [None] * len(windows)
-    with measuring(model):
+    with forward_mode(model):
         for indices in by_length(trees):
             batch = collate([trees[i] for i in indices])
             values = measure(model, batch)

@@ -37,18 +37,19 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import gdrt
 import tables
+
+import gdrt
 from attribution import WINDOWS_PER_TITLE, cut_groups, mean_by_place, relevance, sample_windows
 from data import (
     InputError,
+    announce,
     build_trees,
-    fit_prompts,
+    fall_back_to_unpacked,
+    limit_onednn_cache,
     load_dataset,
     make_prompts,
     positions,
-    say,
-    settle_libraries,
     write_atomic,
 )
 from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
@@ -409,14 +410,15 @@ def start(text, data_dir, cache, device, precision):
         precision=precision,
         save_every=10**9,
     )
-    job = gdrt.start_job(args)
+    job = gdrt.make_train_config(args)
     dataset = load_dataset(args.path, data_dir, cache, args.split, args.history)
-    model, tokenizer = gdrt.start_model(args, dataset, job)
+    model, tokenizer = gdrt.start_model(args.model, dataset, cache)
+    model.to(job.device)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = gdrt.draw_windows(dataset.train, args.windows, args.seed)
-    prompts = fit_prompts(model, prompts, windows, job.device)
+    prompts = fall_back_to_unpacked(model, prompts, windows, job.device)
     trees = build_trees(prompts, windows)
-    updates = gdrt.plan(trees, args.batch, args.epochs, args.seed)
+    updates = gdrt.make_batches(trees, args.batch, args.epochs, args.seed)
     shared = max(1, round(args.warmup * len(updates)))
     folder, before = tempfile.TemporaryDirectory(), copied(model)
     torch.manual_seed(args.seed)
@@ -546,13 +548,17 @@ def perform(run, options):
     part = "valid" if arguments.get("no_test") else "test"
     windows = getattr(dataset, part)
     if loss == "popularity":
-        line[part], each = list_metrics(dataset, windows, *popularity_lists(dataset, windows, 10))
+        line[part], per_window = list_metrics(
+            dataset, windows, *popularity_lists(dataset, windows, 10)
+        )
     else:
-        line[part], each, _ = evaluate_model(
+        line[part], per_window, _ = evaluate_model(
             model, begun.prompts, dataset, windows, held, n_held, device=device
         )
     arrays |= {
-        f"{part} {name}": each[name].astype(kind) for name, kind in KEPT.items() if name in each
+        f"{part} {name}": per_window[name].astype(kind)
+        for name, kind in KEPT.items()
+        if name in per_window
     }
     arrays[f"{part} user"] = np.array([w.user for w in windows], dtype=np.int32)
     arrays[f"{part} warm"] = np.array(
@@ -560,7 +566,14 @@ def perform(run, options):
     )  # the target occurs in training
     if part == "test" and loss != "popularity":
         line["audit"] = audit(
-            model, begun.prompts, windows, held, n_held, each["NDCG@10"], seed=seed, device=device
+            model,
+            begun.prompts,
+            windows,
+            held,
+            n_held,
+            per_window["NDCG@10"],
+            seed=seed,
+            device=device,
         )
     done = time.perf_counter()
     line["seconds"] = seconds | {"evaluate": done - moment, "total": done - began}
@@ -592,7 +605,7 @@ def run_all(runs, options):
     done, began = finished(options.results), time.perf_counter()
     runs = list({key(run["arguments"]): run for run in runs}.values())
     left = [run for run in runs if key(run["arguments"]) not in done]
-    say(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
+    announce(f"{len(runs)} runs, {len(runs) - len(left)} of them finished before")
     for number, run in enumerate(left, start=1):
         name = key(run["arguments"])
         if options.dry_run:
@@ -602,7 +615,7 @@ def run_all(runs, options):
         save(options.results, line | {"experiment": options.experiment}, arrays)
         remaining = (time.perf_counter() - began) / number * (len(left) - number) / 60
         part = "valid" if "valid" in line else "test"
-        say(
+        announce(
             f"{number}/{len(left)} {run['row']} {name}: {part} NDCG@10 {line[part]['NDCG@10']:.4f}, "
             f"{line['seconds']['total']:.0f} s; about {remaining:.0f} min left"
         )
@@ -679,7 +692,7 @@ def main(argv=None):
         "runs/quick" if options.experiment == "quick" else "results"
     )
     options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
-    settle_libraries(options.cache)
+    limit_onednn_cache(options.cache)
     try:
         runs = [
             run

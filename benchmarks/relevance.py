@@ -22,9 +22,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import torch
-
 import tables
+import torch
+from quality import planted
+
 from attribution import (
     STEPS,
     WINDOWS_PER_TITLE,
@@ -39,15 +40,15 @@ from attribution import (
 from data import (
     InputError,
     build_trees,
+    limit_onednn_cache,
     load_run,
     read_json,
     run_command,
-    settle_libraries,
+    start_model,
     write_atomic,
 )
 from evaluate import by_group, token_nlls
-from gdrt import Job, environment, start_model
-from quality import planted
+from gdrt import environment
 
 METHODS = "gradient", "ablation", "probability"
 
@@ -238,7 +239,7 @@ def main(argv=None):
     p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
     p.add_argument("--data-dir", metavar="PATH", help="as for gdrt.py")
     args = p.parse_args(argv)
-    settle_libraries(args.cache)
+    limit_onednn_cache(args.cache)
     config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
     flags = argparse.Namespace(**config["arguments"], cache=args.cache)
     for other in args.others:
@@ -247,7 +248,7 @@ def main(argv=None):
             raise InputError(
                 f"{other}: other data or another model than {args.run}; give runs that differ in their seed"
             )
-    model, _ = start_model(flags, dataset, Job(precision=flags.precision.replace("auto", "bf16")))
+    model, _ = start_model(flags.model, dataset, args.cache)
     found, seconds = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
     result = {
         "run": config,

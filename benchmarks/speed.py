@@ -39,8 +39,7 @@ import gdrt
 from attribution import (
     WINDOWS_PER_TITLE,
     format_table,
-    log_prob_derivative,
-    measuring,
+    forward_mode,
     path_ends,
     relevance,
     sample_windows,
@@ -51,6 +50,7 @@ from data import (
     USER,
     InputError,
     Table,
+    announce,
     build_trees,
     by_length,
     collate,
@@ -60,7 +60,6 @@ from data import (
     make_prompts,
     positions,
     run_command,
-    say,
     target_logits,
     task_text,
     tiny_model,
@@ -154,7 +153,7 @@ def trainer_examples(trees):
     examples = []
     for tree in trees:
         labels = np.full(len(tree.ids) + 1, -100)
-        labels[tree.source + 1] = tree.label
+        labels[tree.predict_at + 1] = tree.label
         examples.append(
             {"input_ids": [*tree.ids.tolist(), int(tree.label[-1])], "labels": labels.tolist()}
         )
@@ -238,14 +237,14 @@ def training_row(model, tokenizer, prompts, windows, per_update, candidates, job
     optimizer = torch.optim.AdamW(
         mine.parameters(), lr=job.lr, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True
     )
-    updates = iter(gdrt.plan(trees, per_update, 1, seed=0))
+    updates = iter(gdrt.make_batches(trees, per_update, 1, seed=0))
     log_q, seconds, work = torch.zeros(1, device=job.device), [], []
 
     def ours():
         if batch := [trees[i] for i in next(updates, [])]:
             seconds.append(
                 seconds_of(
-                    gdrt.update, mine, optimizer, batch, prompts, group, gdrt.sft, log_q, job
+                    gdrt.training_step, mine, optimizer, batch, prompts, group, gdrt.sft, log_q, job
                 )[0]
             )
             work.append(sum(len(set(tree.window)) for tree in batch))
@@ -359,12 +358,14 @@ def trained(name, run=None):
         model.parameters(), lr=job.lr, betas=gdrt.BETAS, weight_decay=gdrt.WEIGHT_DECAY, fused=True
     )
     began, model = time.perf_counter(), in_training(model, job)
-    for step, update in enumerate(gdrt.plan(trees, TINY_PLAN, 10**4 // len(trees) + 10, seed=0)):
+    for step, update in enumerate(
+        gdrt.make_batches(trees, TINY_PLAN, 10**4 // len(trees) + 10, seed=0)
+    ):
         left = 1 - (time.perf_counter() - began) / MINUTE
         if left <= 0:
             break
         optimizer.param_groups[0]["lr"] = job.lr * min(left, (step + 1) / 20)
-        gdrt.update(
+        gdrt.training_step(
             model,
             optimizer,
             [trees[i] for i in update],
@@ -374,7 +375,7 @@ def trained(name, run=None):
             torch.zeros(1),
             job,
         )
-    say(f"{name}: {step} updates in {MINUTE} s")
+    announce(f"{name}: {step} updates in {MINUTE} s")
     model.set_attn_implementation("sdpa")
     return model.eval(), tokenizer, prompts
 
@@ -387,7 +388,9 @@ def in_training(model, job):
 
 def default_job(precision="auto"):
     """The Job of gdrt.py's defaults on this machine's CPU."""
-    return gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu", "--precision", precision]))
+    return gdrt.make_train_config(
+        gdrt.parser().parse_args(["--device", "cpu", "--precision", precision])
+    )
 
 
 def part_of(values, share, seed=0):
@@ -442,7 +445,7 @@ def gdrt_update(args):
     dataset, job = dataset_of("ml-100k"), default_job()
     model, tokenizer, prompts = start(dataset)
     trees = build_trees(prompts, dataset.train)
-    updates = gdrt.plan(trees, TINY_PLAN, 1, seed=0)[: max(1, round(100 * args.share))]
+    updates = gdrt.make_batches(trees, TINY_PLAN, 1, seed=0)[: max(1, round(100 * args.share))]
     group = (
         torch.arange(4)
         .repeat(prompts.trie.path.size)[: prompts.trie.path.size]
@@ -463,7 +466,7 @@ def gdrt_update(args):
     sides = {"plain": side(lambda *mine: bare_step(*mine, job))}
     for name, objective in (("sft", gdrt.sft), ("gdrt", gdrt.gdrt(1.0, "uniform"))):
         sides[name] = side(
-            lambda *mine, objective=objective: gdrt.update(
+            lambda *mine, objective=objective: gdrt.training_step(
                 *mine, prompts, group, objective, torch.zeros(4), job
             )
         )
@@ -500,8 +503,8 @@ def token_backwards(model, prompts, windows, at_once=1):
                 .gather(-1, batch.label[:, None])[:, 0]
             )  # (N,)
         derivative = torch.empty_like(log_prob)
-        for k in range(int(batch.step.max()) + 1):
-            own = (batch.step == k).nonzero()[:, 0]
+        for k in range(int(batch.place.max()) + 1):
+            own = (batch.place == k).nonzero()[:, 0]
             (gradient,) = torch.autograd.grad(log_prob[own].sum(), embeds, retain_graph=True)
             derivative[own] = (gradient * delta).sum((1, 2))[batch.row[own]]
         parts.append(derivative.detach())
@@ -519,7 +522,7 @@ def relevance_row(args):
     )
 
     def ours(piece):
-        with measuring(model):
+        with forward_mode(model):
             batch = collate(piece)
             return segment_gradient(model, batch, (USER,), steps=1)[
                 np.argsort(batch.window, kind="stable")
@@ -681,7 +684,7 @@ def catalogues(args):
                 **json.loads(last),
             }
         )
-        say(f"{curve[-1]}")
+        announce(f"{curve[-1]}")
     return {"curve": curve}
 
 
@@ -813,7 +816,7 @@ def limit(args):
         trees = build_trees(prompts, gdrt.draw_windows(dataset.train, 20 * per_update, 0))
         plan = [
             [trees[i] for i in update]
-            for update in gdrt.plan(trees, per_update, 10, seed=0)[
+            for update in gdrt.make_batches(trees, per_update, 10, seed=0)[
                 : max(2, round(updates * args.share))
             ]
         ]
@@ -827,7 +830,7 @@ def limit(args):
         group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
 
         def step(batch):
-            return gdrt.update(
+            return gdrt.training_step(
                 in_training(model, job),
                 optimizer,
                 batch,
@@ -867,7 +870,7 @@ def limit(args):
             "nodes an update": nodes,
             "operators": operators(lambda: step(plan[0])),
         }
-        say(f"{name}: {row[name]}")
+        announce(f"{name}: {row[name]}")
     return row | {"ratio": row["135m"]["ratio"]}
 
 
@@ -1033,7 +1036,7 @@ def main(argv=None):
                 "accelerate is missing; pip install -r benchmarks/requirements.txt"
             ) from None
         for name in args.only:
-            say(f"{name} ...")
+            announce(f"{name} ...")
             spent, row = seconds_of(ROWS[name][0], args)
             machine = gdrt.environment()
             machine["versions"]["accelerate"] = accelerate.__version__
@@ -1048,7 +1051,7 @@ def main(argv=None):
             }
             write_atomic(args.out, json.dumps(results, indent=1) + "\n")
             if "ratio" in row:
-                say(f"{name}: ratio {row['ratio']:.3g}")
+                announce(f"{name}: ratio {row['ratio']:.3g}")
     print(table(read_results(args.out)))
 
 

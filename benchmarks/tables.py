@@ -681,9 +681,7 @@ def draw_doses(results, lines, path):
     matplotlib.rcParams["svg.hashsalt"] = "gdrt"  # equal results, equal file
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        len(CURVES), len(DOSES), figsize=(12, 9), sharex="col", sharey="row"
-    )
+    fmt, axes = plt.subplots(len(CURVES), len(DOSES), figsize=(12, 9), sharex="col", sharey="row")
     for column, name in zip(axes.T, DOSES):
         curve = dose_curve(results, lines, name)
         place = np.arange(len(curve))  # doses stand at equal steps, 'all' to the right
@@ -705,10 +703,10 @@ def draw_doses(results, lines, path):
         column[-1].set_xlabel(DOSES[name])
     for panel, label in zip(axes[:, 0], CURVES):
         panel.set_ylabel(label, fontsize=8)
-    figure.tight_layout()
+    fmt.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    fmt.savefig(path, metadata={"Date": None})
+    plt.close(fmt)
 
 
 def document(done):

@@ -45,16 +45,18 @@ def toy(tmp_path_factory):
     import torch
 
     import gdrt
-    from data import build_trees, load_dataset, make_prompts, positions
+    from data import build_trees, load_dataset, make_prompts, positions, start_model
 
     torch.manual_seed(0)
     dataset = load_dataset("toy")
-    model, tokenizer = gdrt.pretrain_tiny(dataset, gdrt.Job())
+    model, tokenizer = start_model("tiny", dataset)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     trees = build_trees(prompts, dataset.train)
-    updates = gdrt.plan(trees, 128, 1, 0)
+    updates = gdrt.make_batches(trees, 128, 1, 0)
     table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
-    gdrt.train(model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.Job())
+    gdrt.train(
+        model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.TrainConfig()
+    )
     return dataset, model.eval(), tokenizer, prompts
 
 

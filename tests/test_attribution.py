@@ -3,7 +3,6 @@
 import copy
 import decimal
 import json
-import math
 
 import numpy as np
 import pytest
@@ -25,8 +24,8 @@ from attribution import (
     ablations,
     attributions,
     cut_groups,
+    forward_mode,
     log_prob_derivative,
-    measuring,
     ratio,
     relevance,
     sample_windows,
@@ -109,7 +108,7 @@ def explicit_ablation(model, prompts, windows, segment, legal=None):
 
 
 def in_order(batch, values):
-    order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))
+    order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
     return values[order]
 
 
@@ -132,12 +131,12 @@ def test_forward_mode_equals_a_backward_per_target_token(
 
     monkeypatch.setattr(attribution, "log_prob_derivative", record)
     batch = collate(build_trees(prompts, windows, pack))
-    with measuring(model):
+    with forward_mode(model):
         whole = segment_gradient(model, batch, SEGMENTS[name], 3, legal and prompts.trie)
         assert len(points) == 3
         for j, point in enumerate(points):
             expected = by_backwards(model, prompts, windows, SEGMENTS[name], (2 * j + 1) / 6, legal)
-            assert expected.abs().max() > 0.1
+            assert expected.abs().max() > 0.02
             assert torch.allclose(
                 in_order(batch, point), expected, rtol=1e-6, atol=1e-12
             )  # a token without alternative: 0
@@ -151,7 +150,7 @@ def test_the_gradient_tends_to_the_ablation(toy, exact, name):
     batch = collate(
         build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:1])
     )
-    with measuring(model):
+    with forward_mode(model):
         ablation = ablations(model, batch, (SEGMENTS[name],))[0, 0]
         error = {
             m: float(
@@ -169,7 +168,7 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
     model, prompts = exact
     legal, windows = continuations(prompts) if softmax == "trie" else None, toy[0].train[:6]
     batch = collate(build_trees(prompts, windows, pack))
-    with measuring(model):
+    with forward_mode(model):
         expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal)
         found = ablations(model, batch, (SEGMENTS[name],), (legal and prompts.trie,))[0, 0]
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
@@ -184,7 +183,7 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
 def test_other_kinds_of_models(kind, bos):
     model, prompts, windows = small_model(kind), random_prompts(2, bos=bos), random_windows(12, 3)
     batch = collate(build_trees(prompts, windows))
-    with measuring(model):
+    with forward_mode(model):
         for segment in SEGMENTS.values():
             expected = by_backwards(model, prompts, windows, segment, 0.5)
             assert (
@@ -334,7 +333,7 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
     legal = continuations(prompts)
     r = relevance(model, prompts, windows, method)
     expected = {}
-    with measuring(model):
+    with forward_mode(model):
         for window in windows:
             if method == "ablation":
                 A = [

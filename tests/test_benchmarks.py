@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import quality
 import relevance
 import tables
+
 from data import load_dataset, make_prompts, tiny_tokenizer
 
 ROWS = (

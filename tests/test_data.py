@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 import data
 from data import (
     InputError,
-    Window,
     clean_title,
     load_dataset,
     parse_items,
@@ -144,7 +143,7 @@ def test_both_sources_give_one_dataset(tmp_path, small):
         "Thriller",
     )
     assert (
-        first.facts["ids merged with another of the same title"] == 1 and first.domain == "movies"
+        first.stats["ids merged with another of the same title"] == 1 and first.domain == "movies"
     )
     assert first.genres == sets[2].genres and first.train == sets[2].train
 
@@ -184,8 +183,8 @@ def test_thresholds(tmp_path):
     ):  # user 1 has just enough to validate and test
         load_dataset(str(folder))
     dataset = load_dataset(str(folder), min_rating=3.5)
-    assert dataset.users == ["1", "4"] and dataset.facts["users dropped, under 5 positives"] == 2
-    assert dataset.facts["targets dropped, under 3 positives before them"] == 6
+    assert dataset.users == ["1", "4"] and dataset.stats["users dropped, under 5 positives"] == 2
+    assert dataset.stats["targets dropped, under 3 positives before them"] == 6
 
 
 def test_twins_keep_the_first_occurrence(tmp_path):
@@ -217,7 +216,7 @@ def test_ties_are_broken_by_the_seed_alone(tmp_path):
         for i, (rows, seed) in enumerate([(tied, 0), (tied[::-1], 0), (tied, 1)])
     ]
     assert orders[0] == orders[1] != orders[2] and len(set(orders[0])) > 1
-    assert load_dataset(str(tmp_path / "0")).facts["users whose last positive is tied"] == 1.0
+    assert load_dataset(str(tmp_path / "0")).stats["users whose last positive is tied"] == 1.0
 
 
 @pytest.mark.slow
@@ -312,8 +311,8 @@ def test_csv_windows_stand_as_they_are(tmp_path):
     assert [w.items[w.start : w.stop + 1] for w in ours] == [(0, 0, 1), (0, 0, 1, 2), (0, 1, 2, 3)]
     assert ours[0].items is ours[1].items and ours[1].items is not ours[2].items
     assert (
-        dataset.facts["ids merged with another of the same title"] == 1
-        and dataset.facts["test targets never in training"] == 1
+        dataset.stats["ids merged with another of the same title"] == 1
+        and dataset.stats["test targets never in training"] == 1
     )
 
 
@@ -583,7 +582,7 @@ def test_ml_100k_arrives(tmp_path):
     dataset = load_dataset("ml-100k", cache=tmp_path)
     assert (
         len(dataset.titles) == 1664
-        and dataset.facts["ids merged with another of the same title"] == 18
+        and dataset.stats["ids merged with another of the same title"] == 18
     )
     assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (50505, 938, 938)
     assert dataset.digest == load_dataset("ml-100k", cache=tmp_path).digest

@@ -56,7 +56,7 @@ def gradients(job, trees):
         model, prompts, every, group = world()
         optimizer = Watched(model.parameters(), lr=0.1)
         log_q = torch.log_softmax(torch.tensor([0.1, 0.5, -0.3, 0.2]), 0)
-        log_q, line = gdrt.update(
+        log_q, line = gdrt.training_step(
             model.train(),
             optimizer,
             [every[i] for i in trees],
@@ -79,7 +79,7 @@ def curves(job):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         log_q = torch.full((K,), 0.25).log()
         for update in updates:
-            log_q, line = gdrt.update(
+            log_q, line = gdrt.training_step(
                 model.train(),
                 optimizer,
                 [trees[i] for i in update],
@@ -122,7 +122,9 @@ def as_rank(rank, ranks, port, function, *args):
 
 
 def save_all_cases(folder):
-    job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"]))
+    job = gdrt.make_train_config(
+        gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"])
+    )
     for accumulate in 1, 2:
         torch.save(
             all_cases(job._replace(accumulate=accumulate)), f"{folder}/{accumulate}-{job.rank}.pt"
@@ -153,7 +155,9 @@ def cases(tmp_path_factory):
     assert on_ranks(2, save_all_cases, lambda rank: (folder,)) == [0, 0]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {(1, accumulate): all_cases(gdrt.Job(accumulate=accumulate)) for accumulate in (1, 2)}
+    found = {
+        (1, accumulate): all_cases(gdrt.TrainConfig(accumulate=accumulate)) for accumulate in (1, 2)
+    }
     torch.set_num_threads(threads)
     for accumulate in 1, 2:
         found[2, accumulate] = torch.load(folder / f"{accumulate}-0.pt", weights_only=True)
@@ -168,7 +172,7 @@ def cases(tmp_path_factory):
 def test_the_cases_are_what_they_are_meant_to_be():
     _, _, trees, group = world()
     tokens = [len(tree.label) for tree in trees]
-    groups = [set(group[tree.item, tree.step].tolist()) for tree in trees]
+    groups = [set(group[tree.item, tree.place].tolist()) for tree in trees]
     assert len(set(tokens)) > 3 and 3 in groups[0] and 2 in groups[1]
     assert all(3 not in g for g in groups[1:]) and all(2 not in g for g in groups[:1] + groups[2:])
 
@@ -211,7 +215,7 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
     nll = torch.nn.functional.cross_entropy(
         gdrt.target_logits(model, batch), batch.label, reduction="none"
     )
-    loss, q, _ = gdrt.gdrt_loss(nll, group[batch.item, batch.step], K, 0.7)
+    loss, q, _ = gdrt.gdrt_loss(nll, group[batch.item, batch.place], K, 0.7)
     loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
     expected *= min(1, gdrt.CLIP / expected.norm())
@@ -280,7 +284,7 @@ def test_torchrun_trains_what_one_process_trains(one):
 
 
 def patient():
-    job = gdrt.start_job(gdrt.parser().parse_args(["--device", "cpu"]))
+    job = gdrt.make_train_config(gdrt.parser().parse_args(["--device", "cpu"]))
     gdrt.barrier(job)  # rank 0 holds the store: gone too soon, it would take rank 1's start with it
     options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
     assert options._timeout.total_seconds() > 86400, (
@@ -327,7 +331,7 @@ def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
 
 
 def press_on_rank_1(number):
-    original, calls = gdrt.update, []
+    original, calls = gdrt.training_step, []
 
     def pressed(*args, **more):
         calls.append(1)
@@ -335,7 +339,7 @@ def press_on_rank_1(number):
             os.kill(os.getpid(), signal.SIGTERM)  # what torchrun makes of Ctrl-C
         return original(*args, **more)
 
-    gdrt.update = pressed
+    gdrt.training_step = pressed
 
 
 def test_a_signal_to_one_rank_stops_all_after_one_update(steady, tmp_path):

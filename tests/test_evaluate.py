@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import gdrt
-from data import Dataset, InputError, Window, build_trees, run_command
+from data import Dataset, InputError, Window, run_command
 
 
 def world(users=5, seed=0):
@@ -64,16 +64,18 @@ def by_hand(model, prompts, window):
 def test_nlls_are_those_of_separate_prompts():
     model, prompts, windows, dataset = world()
     group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))  # group 3 is empty
-    metrics, each, ranking = evaluate.evaluate_model(model, prompts, dataset, windows, group, 4)
+    metrics, per_window, ranking = evaluate.evaluate_model(
+        model, prompts, dataset, windows, group, 4
+    )
     full, legal, groups = [], [], {g: [] for g in range(4)}
     for window in windows:
         tokens = by_hand(model, prompts, window)
         full.append(sum(tokens[0])), legal.append(sum(tokens[1]))
         for j, pair in enumerate(zip(*tokens)):
             groups[group[window.items[window.stop], j]].append(pair)
-    assert each["NLL"] == pytest.approx(full, abs=1e-4) and each["legal NLL"] == pytest.approx(
-        legal, abs=1e-4
-    )
+    assert per_window["NLL"] == pytest.approx(full, abs=1e-4) and per_window[
+        "legal NLL"
+    ] == pytest.approx(legal, abs=1e-4)
     assert metrics["NLL"] == pytest.approx(np.mean(full), abs=1e-4) and metrics[
         "legal NLL"
     ] == pytest.approx(np.mean(legal), abs=1e-4)
@@ -81,7 +83,7 @@ def test_nlls_are_those_of_separate_prompts():
     assert metrics["group NLL"] == [*(pytest.approx(m[0], abs=1e-4) for m in means), None]
     assert metrics["group legal NLL"] == [*(pytest.approx(m[1], abs=1e-4) for m in means), None]
     assert metrics["worst group NLL"] == pytest.approx(max(m[0] for m in means), abs=1e-4)
-    assert metrics["NDCG@10"] == pytest.approx(each["NDCG@10"].mean()) and len(
+    assert metrics["NDCG@10"] == pytest.approx(per_window["NDCG@10"].mean()) and len(
         ranking.items
     ) == len(windows)
     json.dumps(metrics)
@@ -329,7 +331,7 @@ def test_predictions_beside_a_run(runs, capsys, tmp_path):
         evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists)])
     evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists), "--allow-missing"])
     out = capsys.readouterr().out
-    gained = evaluate.evaluate_run(runs / "zero" / "gdrt")["each"]["HR@10"][0]
+    gained = evaluate.evaluate_run(runs / "zero" / "gdrt")["per_window"]["HR@10"][0]
     assert "1 windows without a list, counted as misses" in out
     assert table_of(out)["HR@10"][2][0] == pytest.approx(-gained / 24, abs=6e-5)
 

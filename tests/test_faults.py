@@ -17,7 +17,6 @@ from conftest import ROOT, contents, write_folder
 
 import data
 import gdrt
-from data import intact, load_dataset
 
 LINUX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 
@@ -130,79 +129,6 @@ def test_a_limit_on_file_size_costs_nothing_that_was_there(whole, tmp_path, fail
     assert not list(tmp_path.rglob("*.pt"))
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
-
-
-# ------------------------------------------------------------------------------------------------ the cache
-
-
-@pytest.fixture
-def tiny(small, monkeypatch, tmp_path):
-    """start(cache) -> model: gdrt's tiny model with the pre-training replaced by a small model; start.trained counts it."""
-    arguments = gdrt.parser().parse_args(small)
-    dataset, source = load_dataset(arguments.dataset), arguments.model
-
-    def pretrain(dataset, job):
-        start.trained += 1
-        return data.load_model(source)
-
-    monkeypatch.setattr(gdrt, "pretrain_tiny", pretrain)
-
-    def start(cache):
-        model, tokenizer = gdrt.start_model(
-            gdrt.parser().parse_args(["--cache", str(cache)]), dataset, gdrt.Job()
-        )
-        assert tokenizer("Film").input_ids
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    start.trained = 0
-    return start
-
-
-def test_the_tiny_model_is_trained_once_whatever_the_flags(tiny, tmp_path):
-    weights = tiny(tmp_path)
-    assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 1
-    (kept,) = tmp_path.iterdir()
-    assert intact(kept)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
-def test_a_damaged_tiny_model_in_the_cache_is_made_again(tiny, tmp_path, name, how):
-    weights = tiny(tmp_path)
-    path = next(tmp_path.iterdir()) / name
-    content = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-    else:
-        middle = len(content) // 2
-        path.write_bytes(
-            content[:middle]
-            + (b"" if how == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        )
-    assert torch.equal(tiny(tmp_path), weights) and tiny.trained == 2
-    assert path.read_bytes() == content and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_cache_that_cannot_be_written_costs_only_time(tiny, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    assert len(tiny(tmp_path / "file" / "cache")) > 0
-    assert (
-        "cannot be written (Not a directory), going on without keeping" in capsys.readouterr().err
-    )
-    with small_files(1000):
-        assert len(tiny(tmp_path / "cache")) > 0
-    assert (
-        "cannot be written (Error while serializing: I/O error: File too large"
-        in capsys.readouterr().err
-    )
-    assert not list((tmp_path / "cache").iterdir()), "half a model is left in the cache"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_cache_costs_only_time(tiny, tmp_path, capsys):
-    (tmp_path / "cache").mkdir(mode=0o500)
-    assert len(tiny(tmp_path / "cache")) > 0
-    assert "Permission denied" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ damaged runs

@@ -1,6 +1,5 @@
 """The loop against autograd through the losses, and against a plain loop over separate prompts."""
 
-import copy
 import json
 import math
 from types import SimpleNamespace
@@ -20,16 +19,15 @@ from conftest import (
 import gdrt
 from data import (
     build_trees,
-    by_trunk,
+    by_shared_prefix,
     collate,
     load_dataset,
-    make_prompts,
     target_logits,
     tiny_tokenizer,
 )
 
 
-def step(model, trees, prompts, group, objective, log_q, job=gdrt.Job()):
+def step(model, trees, prompts, group, objective, log_q, job=gdrt.TrainConfig()):
     """gdrt.update without a change of weights -> (gradients, log_q, diagnostics)."""
     kept, limit = [], gdrt.CLIP
     optimizer = SimpleNamespace(
@@ -38,7 +36,9 @@ def step(model, trees, prompts, group, objective, log_q, job=gdrt.Job()):
     )
     gdrt.CLIP = math.inf  # the gradient as it comes
     try:
-        log_q, line = gdrt.update(model, optimizer, trees, prompts, group, objective, log_q, job)
+        log_q, line = gdrt.training_step(
+            model, optimizer, trees, prompts, group, objective, log_q, job
+        )
     finally:
         gdrt.CLIP = limit
     return kept, log_q, line
@@ -78,7 +78,7 @@ def test_an_update_equals_autograd_through_the_loss(world, tau, prior, accumulat
         group,
         gdrt.gdrt(tau, prior),
         torch.zeros(4),
-        gdrt.Job(accumulate=accumulate),
+        gdrt.TrainConfig(accumulate=accumulate),
     )
     nll = all_nll(model, prompts, windows)
     loss, q, means = gdrt.gdrt_loss(nll, own, 4, tau, prior)
@@ -104,7 +104,7 @@ def test_sft_is_the_plain_mean(world, accumulate):
         group,
         gdrt.sft,
         torch.zeros(4),
-        gdrt.Job(accumulate=accumulate),
+        gdrt.TrainConfig(accumulate=accumulate),
     )
     loss = all_nll(model, prompts, windows).mean()
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters())))
@@ -126,7 +126,7 @@ def test_group_dro_moves_q_once_an_update(world, accumulate):
             group,
             gdrt.group_dro(eta),
             log_q,
-            gdrt.Job(accumulate=accumulate),
+            gdrt.TrainConfig(accumulate=accumulate),
         )
         nll = all_nll(model, prompts, windows)
         means = [nll[own == g].mean() if (own == g).any() else torch.tensor(0.0) for g in range(4)]
@@ -148,7 +148,7 @@ def test_accumulation_replays_dropout(world, kind):
     trees, objective, job = (
         build_trees(prompts, windows),
         gdrt.gdrt(0.5, "uniform"),
-        gdrt.Job(accumulate=4),
+        gdrt.TrainConfig(accumulate=4),
     )
     assert len(trees) == 4
     torch.manual_seed(7)
@@ -164,7 +164,7 @@ def test_accumulation_replays_dropout(world, kind):
         ]
     )
     loss, q, _ = gdrt.gdrt_loss(
-        nll, torch.cat([group[part.item, part.step] for part in parts]), 4, 0.5
+        nll, torch.cat([group[part.item, part.place] for part in parts]), 4, 0.5
     )
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     assert line["q"] == pytest.approx(q.tolist(), abs=1e-5)
@@ -185,7 +185,7 @@ def test_one_batch_equals_four_micro_batches(world):
                 group,
                 gdrt.gdrt(0.5, "uniform"),
                 torch.zeros(4),
-                gdrt.Job(accumulate=accumulate),
+                gdrt.TrainConfig(accumulate=accumulate),
             )
         )
     for gradient, _, line in results[1:]:
@@ -207,16 +207,18 @@ def test_trie_softmax_is_over_the_legal_tokens(temperature):
             expected.append(-torch.log_softmax(z[choices], 0)[choices.index(tokens[j])])
     batch = collate(build_trees(prompts, windows))
     order = sorted(
-        range(len(batch.label)), key=lambda n: (int(batch.window[n]), int(batch.step[n]))
+        range(len(batch.label)), key=lambda n: (int(batch.window[n]), int(batch.place[n]))
     )
-    nll = gdrt.token_nll(model, batch, prompts, gdrt.Job(softmax="trie", temperature=temperature))
+    nll = gdrt.token_nll(
+        model, batch, prompts, gdrt.TrainConfig(softmax="trie", temperature=temperature)
+    )
     assert (nll[order] - torch.stack(expected)).abs().max() < 1e-5
     gradients = [
         torch.autograd.grad(x, list(model.parameters()))
         for x in (nll.mean(), torch.stack(expected).mean())
     ]
     assert close(*gradients)
-    full = gdrt.token_nll(model, batch, prompts, gdrt.Job())
+    full = gdrt.token_nll(model, batch, prompts, gdrt.TrainConfig())
     assert (full[order] - all_nll(model, prompts, windows)).abs().max() < 1e-5
 
 
@@ -254,7 +256,10 @@ def fake_trees(seed, n=300):
 @pytest.mark.parametrize("batch", [1, 32, 10_000])
 def test_plan_visits_every_tree_once_an_epoch(batch):
     trees = fake_trees(0)
-    updates, windows = gdrt.plan(trees, batch, 3, 0), [len(set(tree.window)) for tree in trees]
+    updates, windows = (
+        gdrt.make_batches(trees, batch, 3, 0),
+        [len(set(tree.window)) for tree in trees],
+    )
     visited = [i for update in updates for i in update]
     epochs = [visited[:300], visited[300:600], visited[600:]]
     assert all(sorted(epoch) == list(range(300)) for epoch in epochs) and epochs[0] != epochs[1]
@@ -263,13 +268,13 @@ def test_plan_visits_every_tree_once_an_epoch(batch):
     assert sum(size < batch for size in sizes) <= 3 * (
         sum(windows) // (20 * batch) + 2
     )  # the rest of each chunk
-    assert updates == gdrt.plan(trees, batch, 3, 0)
-    assert updates != gdrt.plan(trees, batch, 3, 1)
+    assert updates == gdrt.make_batches(trees, batch, 3, 0)
+    assert updates != gdrt.make_batches(trees, batch, 3, 1)
 
 
 def test_plan_wastes_little_padding():
     trees = fake_trees(1, 2000)
-    updates = gdrt.plan(trees, 100, 1, 0)
+    updates = gdrt.make_batches(trees, 100, 1, 0)
     padded = sum(len(update) * max(len(trees[i].ids) for i in update) for update in updates)
     assert padded < 1.15 * sum(len(tree.ids) for tree in trees)
     means = [np.mean([len(trees[i].ids) for i in update]) for update in updates]
@@ -288,10 +293,10 @@ def test_draw_windows_takes_whole_trees_up_to_a_limit():
     place = {(w.user, w.stop): i for i, w in enumerate(windows)}
     places = [place[w.user, w.stop] for w in drawn]
     assert places == sorted(set(places))
-    whole = {tuple(group) for group in by_trunk(windows)}
+    whole = {tuple(group) for group in by_shared_prefix(windows)}
     cut = [
         group
-        for group in by_trunk(drawn)
+        for group in by_shared_prefix(drawn)
         if tuple(place[drawn[i].user, drawn[i].stop] for i in group) not in whole
     ]
     assert len(cut) <= 1  # the last tree fills up what is left
@@ -305,13 +310,13 @@ def launch(tmp_path, monkeypatch):
     """launch(*flags) -> {loss: lines of metrics.jsonl} of a run of a small model on toy; `launch.seen` has its batches."""
     dataset = load_dataset("toy")
     tokenizer = tiny_tokenizer(dataset)
-    seen, real = [], gdrt.update
+    seen, real = [], gdrt.training_step
 
     def update(model, optimizer, trees, *rest):
         seen.append(sorted((tuple(tree.ids), tuple(tree.window)) for tree in trees))
         return real(model, optimizer, trees, *rest)
 
-    monkeypatch.setattr(gdrt, "update", update)
+    monkeypatch.setattr(gdrt, "training_step", update)
     monkeypatch.setattr(
         gdrt,
         "start_model",
@@ -358,12 +363,14 @@ def launch(tmp_path, monkeypatch):
 def test_all_losses_see_the_same_batches(launch):
     lines = launch("--loss", "sft", "gdrt", "group-dro")
     assert set(lines) == {"warmup", "sft", "gdrt", "group-dro"}
-    shared, each = len(lines["warmup"]), len(lines["sft"])
-    assert shared >= 1 and each >= 4 and len(launch.seen) == shared + 3 * each
-    sft, gdrt_, dro = (launch.seen[shared + i * each : shared + (i + 1) * each] for i in range(3))
+    shared, per_window = len(lines["warmup"]), len(lines["sft"])
+    assert shared >= 1 and per_window >= 4 and len(launch.seen) == shared + 3 * per_window
+    sft, gdrt_, dro = (
+        launch.seen[shared + i * per_window : shared + (i + 1) * per_window] for i in range(3)
+    )
     assert sft == gdrt_ == dro and len({str(batch) for batch in sft}) > 2
     for loss in ("sft", "gdrt", "group-dro"):
-        assert [line["step"] for line in lines[loss]] == list(range(shared, shared + each))
+        assert [line["step"] for line in lines[loss]] == list(range(shared, shared + per_window))
         assert [line["n"] for line in lines[loss]] == [line["n"] for line in lines["sft"]]
     assert (
         lines["sft"][0]["group_nll"]

@@ -225,7 +225,7 @@ def test_list_metrics_by_hand():
         genres=[("A",)] * 5 + [("A", "B")] * 5,
     )
     items = np.array([[9, 5, 6, 3, -1], [8, 9, 5, 3, -1]])
-    metrics, each = evaluate.list_metrics(
+    metrics, per_window = evaluate.list_metrics(
         dataset, dataset.test, items, np.where(items >= 0, -np.arange(5.0), -np.inf)
     )
     # of 6 positives none, none, 1, 2, 3; of 8 listed 3, 1, 2, 0, 2
@@ -241,7 +241,7 @@ def test_list_metrics_by_hand():
     ] == pytest.approx(6 / 8)
     assert metrics["coverage@5"] == 5 / 10
     assert metrics["HR@5"] == 1 and metrics["NDCG@5"] == pytest.approx((1 + 1 / math.log2(3)) / 2)
-    assert each["MRR@5"].tolist() == [1, 0.5]
+    assert per_window["MRR@5"].tolist() == [1, 0.5]
     json.dumps(metrics)
 
 
@@ -268,14 +268,14 @@ def test_mgu_depends_on_the_number_of_groups():
 
 def test_thirds():
     count, gain = np.array([1, 2, 2, 2, 3, 4, 5, 6, 9]), np.arange(9.0)
-    parts = evaluate.in_thirds(count, {"NDCG@10": gain})
+    parts = evaluate.by_tercile(count, {"NDCG@10": gain})
     assert {name: (p["n"], p["from"], p["to"]) for name, p in parts.items()} == {
         "tail": (4, 1, 2),
         "middle": (2, 3, 4),
         "head": (3, 5, 9),
     }
     assert [p["NDCG@10"] for p in parts.values()] == [1.5, 4.5, 7]
-    assert evaluate.in_thirds(np.array([3, 3]), {"HR@5": np.array([0.0, 1])}) == {
+    assert evaluate.by_tercile(np.array([3, 3]), {"HR@5": np.array([0.0, 1])}) == {
         "tail": {"n": 2, "from": 3, "to": 3, "HR@5": 0.5}
     }
 
@@ -416,7 +416,7 @@ def test_interval_is_reproducible():
 
 
 def fake_run(loss, seed, items, dataset, **arguments):
-    metrics, each = evaluate.list_metrics(
+    metrics, per_window = evaluate.list_metrics(
         dataset,
         dataset.test,
         items,
@@ -427,7 +427,7 @@ def fake_run(loss, seed, items, dataset, **arguments):
         "folder": Path(f"{loss}{seed}"),
         "config": {"arguments": {"seed": seed, "tau": 1.0, "loss": ["sft", "gdrt"]} | arguments},
         "metrics": metrics,
-        "each": each,
+        "per_window": per_window,
         "items": items,
     }
 
@@ -470,7 +470,7 @@ def test_thirds_of_a_pool_are_means_over_seeds():
     ]
     one, two = (seed["by user activity"]["tail"]["NDCG@10"] for seed in seeds)
     assert one != two
-    header, rows = evaluate.thirds_table({"sft": seeds, "first": seeds[:1]}, "by user activity")
+    header, rows = evaluate.tercile_table({"sft": seeds, "first": seeds[:1]}, "by user activity")
     assert header == ("by user activity", "training positives", "n", "sft", "first")
     assert rows == [("tail", "4 to 4", 2, f"{(one + two) / 2:.4f}", f"{one:.4f}")]
 

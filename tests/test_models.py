@@ -12,8 +12,8 @@ import gdrt
 from data import (
     InputError,
     build_trees,
-    load_model,
     load_dataset,
+    load_model,
     make_prompts,
     positions,
     tiny_tokenizer,
@@ -133,7 +133,7 @@ def test_odd_titles_survive_the_whole_way(small, tmp_path):
     dataset = load_dataset(str(tmp_path))
     assert (
         sorted(dataset.titles) == sorted(READ)
-        and dataset.facts["ids merged with another of the same title"] == 1
+        and dataset.stats["ids merged with another of the same title"] == 1
     )
     small_model(vocabulary=len(tiny_tokenizer(dataset)), places=2048).save_pretrained(
         tmp_path / "model"

@@ -66,7 +66,7 @@ def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
     """A run folder as gdrt.py leaves it, but for models and checkpoints."""
     source = np.random.default_rng(0)
     titles = [title] + [f"Film {i} (19{i:02})" for i in range(1, 40)]
-    facts = {"items": 40, **{f"{part} windows": n for part in ("train", "valid", "test")}}
+    stats = {"items": 40, **{f"{part} windows": n for part in ("train", "valid", "test")}}
     arguments = {
         "dataset": EVIL,
         "split": "leave-one-out",
@@ -82,7 +82,7 @@ def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
         {
             "arguments": arguments,
             "data": "abc",
-            "facts": facts,
+            "facts": stats,
             "versions": {"torch": "2"},
             "machine": {"cores": 2},
             "commit": "c0ffee",

@@ -89,12 +89,12 @@ def die_in(module, name, number, match=""):
 
 MOMENTS = {  # in the order in which one run meets them
     "before config.json": ("gdrt", "write_atomic", 1, "config.json"),
-    "in the first update": ("gdrt", "update", 1),
+    "in the first update": ("gdrt", "training_step", 1),
     "in the write of a checkpoint": ("torch", "save", 2),
     "in the relevance": ("gdrt", "relevance", 1),
     "in the first evaluation": ("gdrt", "evaluate_model", 2),
     "before the rename of a checkpoint": ("os", "replace", 2, "checkpoint.pt"),
-    "between two checkpoints": ("gdrt", "update", 4),
+    "between two checkpoints": ("gdrt", "training_step", 4),
     "in the write of a model": ("os", "replace", 1, "/model"),
     "after the rename of a model": ("gdrt", "evaluate_model", 1),
     "in the audit after training": ("gdrt", "audit", 1),
@@ -109,10 +109,12 @@ def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     for moment, where in MOMENTS.items():
         resume = ["--resume"] if (tmp_path / "run" / "config.json").exists() else []
-        assert finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL, (
-            f"{moment}: {(tmp_path / 'log').read_text()}"
-        )
-    assert finish([*flags, "--resume"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        assert (
+            finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL
+        ), f"{moment}: {(tmp_path / 'log').read_text()}"
+    assert finish([*flags, "--resume"], tmp_path / "log") == 0, (
+        tmp_path / "log"
+    ).read_text()
     assert_same(tmp_path / "run", folder)
 
 
@@ -164,7 +166,7 @@ def press(name, number):
     setattr(gdrt, name, pressed)
 
 
-@pytest.mark.parametrize("name, number", [("update", 3), ("audit", 2)])
+@pytest.mark.parametrize("name, number", [("training_step", 3), ("audit", 2)])
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name, number):
     flags, folder, _ = whole
     argv, log = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"], tmp_path / "log"
@@ -174,7 +176,7 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name,
         words.startswith("interrupted; go on with: python gdrt.py --dataset")
         and "Traceback" not in log.read_text()
     )
-    if name == "update":  # --save-every is 2: this checkpoint is Ctrl-C's
+    if name == "training_step":  # --save-every is 2: this checkpoint is Ctrl-C's
         assert (
             torch.load(
                 tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt", weights_only=True

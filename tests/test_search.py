@@ -8,7 +8,15 @@ import torch
 from conftest import continuations, prompt_of, random_prompts, separate_logits, small_model
 from transformers import DynamicCache
 
-from data import InputError, Window, build_trie, fit_prompts, load_dataset, make_prompts, positions
+from data import (
+    InputError,
+    Window,
+    build_trie,
+    fall_back_to_unpacked,
+    load_dataset,
+    make_prompts,
+    positions,
+)
 from evaluate import rank
 
 GAP = 1e-4  # nats; titles closer than this may stand in either order
@@ -159,8 +167,8 @@ def test_a_model_that_follows_no_mask_is_read_prompt_by_prompt(softmax):
         )
         for user in range(4)
     ]
-    prompts = fit_prompts(model, prompts, windows)
-    assert prompts.alone
+    prompts = fall_back_to_unpacked(model, prompts, windows)
+    assert not prompts.packed
     truth = score_all(model, prompts, windows)[softmax]
     for width, rows in ((1, 4), (5, 2)):
         check(
@@ -295,13 +303,15 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     from data import build_trees
 
     dataset = load_dataset("ml-100k")
-    model, tokenizer = gdrt.start_model(gdrt.parser().parse_args([]), dataset, gdrt.Job())
+    model, tokenizer = gdrt.start_model("tiny", dataset)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = gdrt.draw_windows(dataset.train, 2000, 0)
     trees = build_trees(prompts, windows)
-    updates = gdrt.plan(trees, 128, 1, 0)
+    updates = gdrt.make_batches(trees, 128, 1, 0)
     table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
-    gdrt.train(model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.Job())
+    gdrt.train(
+        model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.TrainConfig()
+    )
     chosen, legal = dataset.test[::19][:50], continuations(prompts)
     model.eval()
     truth = [score_all_cached(model, prompts, window, legal) for window in chosen]

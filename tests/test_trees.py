@@ -19,11 +19,11 @@ from data import (
     build_tree,
     build_trees,
     build_trie,
-    by_trunk,
+    by_shared_prefix,
     collate,
     load_dataset,
     make_prompts,
-    packs,
+    supports_packing,
     target_logits,
 )
 
@@ -55,7 +55,7 @@ def furthest(ours, theirs):
 def in_order(batch, values):
     """Values (N,) of a batch sorted by window and place in the title, as the separate prompts come."""
     return values[
-        sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.step[n])))
+        sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
     ]
 
 
@@ -95,7 +95,7 @@ def test_trees_equal_separate_prompts_on_trained_weights(toy, pack):
 
 def test_trees_equal_separate_prompts_on_the_data_itself(toy):
     dataset, model, _, prompts = toy
-    assert len(by_trunk(dataset.train[:12])) < 4  # or nothing is packed
+    assert len(by_shared_prefix(dataset.train[:12])) < 4  # or nothing is packed
     nll, gradient = compare(model, prompts, dataset.train[:12])
     assert nll < 1e-5 and gradient < 1e-5
 
@@ -115,7 +115,7 @@ def test_kinds_of_models_and_tokenisers(kind, tied, bos):
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     nll, gradient = compare(model, prompts, windows)
     assert nll < 1e-5 and gradient < 1e-5
-    assert packs(model, prompts, windows)
+    assert supports_packing(model, prompts, windows)
     for tamper in (causal, absolute):
         assert compare(model, prompts, windows, tamper)[0] > 1e-3
 
@@ -131,7 +131,7 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
         trained, losses, log_q = copy.deepcopy(model), [], torch.zeros(3)
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.3)
         for windows in batches:
-            log_q, line = gdrt.update(
+            log_q, line = gdrt.training_step(
                 trained,
                 optimizer,
                 build_trees(prompts, windows, pack),
@@ -139,7 +139,7 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
                 table,
                 objective,
                 log_q,
-                gdrt.Job(),
+                gdrt.TrainConfig(),
             )
             losses.append(line["loss"])
         results.append((losses, [p.detach() for p in trained.parameters()]))
@@ -269,8 +269,8 @@ def deaf(model, *names):
 def test_a_model_that_ignores_the_mask_is_noticed(name):
     torch.manual_seed(0)
     model, prompts, windows = small_model(), random_prompts(1), random_windows(12, 1)
-    assert packs(model, prompts, windows)
-    assert not packs(deaf(model, name), prompts, windows)
+    assert supports_packing(model, prompts, windows)
+    assert not supports_packing(deaf(model, name), prompts, windows)
 
 
 def test_it_is_noticed_though_the_first_users_have_one_target():
@@ -279,7 +279,7 @@ def test_it_is_noticed_though_the_first_users_have_one_target():
     windows = [
         window for user in range(20) for window in random_windows(12, user)[:1]
     ] + random_windows(12, 1)
-    assert not packs(deaf(model, "attention_mask"), prompts, windows)
+    assert not supports_packing(deaf(model, "attention_mask"), prompts, windows)
 
 
 def test_a_model_that_refuses_the_mask_is_noticed():
@@ -289,4 +289,6 @@ def test_a_model_that_refuses_the_mask_is_noticed():
                 raise ValueError("attention_mask should have 2 dimensions")
             return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
-    assert not packs(Refuses(small_model().config).eval(), random_prompts(1), random_windows(12, 1))
+    assert not supports_packing(
+        Refuses(small_model().config).eval(), random_prompts(1), random_windows(12, 1)
+    )
