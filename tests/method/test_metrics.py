@@ -1,6 +1,6 @@
 """Metrics, comparison and predictions against hand-made lists with known values and against plain loops.
 
-`python tests/test_metrics.py` writes example_predictions.jsonl anew: lists of a first-order Markov chain on toy.
+`python tests/method/test_metrics.py` writes example_predictions.jsonl anew: lists of a first-order Markov chain on toy.
 """
 
 import json
@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate
 from data import Dataset, InputError, Window, load_dataset
 
-EXAMPLE = Path(__file__).with_name("example_predictions.jsonl")
+EXAMPLE = Path(__file__).parents[1] / "example_predictions.jsonl"
 SCORE = {"HR@10": 0.19, "NDCG@10": 0.0947}  # what README says of the example
 
 
