@@ -57,6 +57,7 @@ from evaluate import audit, evaluate_model, list_metrics, popularity_lists, toke
 CONFIG = {  # chosen by tune and tune2, by NDCG@10 on validation windows of ml-100k alone, before a test window was read
     "every": {
         "model": "tiny",
+        "start": "untrained",  # tells these runs from those whose tiny model had read titles
         "history": 10,
         "batch": 128,
         "epochs": 4,
@@ -82,6 +83,16 @@ SETTINGS = {
         "lr": 2e-3,
     },  # by tune3
     "toy": {"dataset": "toy", "split": "leave-one-out", "windows": None},
+    "untrained": {
+        "dataset": "ml-100k",
+        "split": "leave-one-out",
+        "windows": None,
+        "lr": 2e-3,
+        "epochs": 2,
+    },
+    "toy-shop": {"dataset": "toy", "split": "leave-one-out", "windows": None}
+    | {name: gdrt.parser().get_default(name) for name in ("epochs", "batch", "lr")},
+    "transfer-uniform": {"split": "leave-one-out", "windows": 10_000, "epochs": 4, "lr": 4e-3},
     "smollm2": {
         "dataset": "ml-100k",
         "split": "leave-one-out",
@@ -102,6 +113,8 @@ ROWS = {  # row of a table -> what makes it
         "loss": "gdrt",
         "prior": "uniform",
     },  # the default of gdrt.py: first in tune3, second in tune2
+    "gdrt uniform by ablation": {"loss": "gdrt", "relevance": "ablation", "prior": "uniform"},
+    "gdrt uniform by probability": {"loss": "gdrt", "relevance": "probability", "prior": "uniform"},
     "gdrt late": {"loss": "gdrt", "relevance": "late"},
     "gdrt late uniform": {"loss": "gdrt", "relevance": "late", "prior": "uniform"},
     "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"},
@@ -119,7 +132,23 @@ ROWS = {  # row of a table -> what makes it
     "msl": {"loss": "sft", "train_softmax": "trie", "lr": 1e-3},
     "gdrt + msl": {"loss": "gdrt", "train_softmax": "trie", "lr": 1e-3},  # by tune4
     "planted groups": {"loss": "gdrt", "relevance": "planted", "groups": 2},
+    "permuted groups uniform": {"loss": "gdrt", "relevance": "permuted", "prior": "uniform"},
+    "planted groups uniform": {
+        "loss": "gdrt",
+        "relevance": "planted",
+        "groups": 2,
+        "prior": "uniform",
+    },
 }  # toy: the groups that relevance should find
+
+NOT_IN_GRID = {
+    "planted groups",
+    "gdrt uniform by ablation",
+    "gdrt uniform by probability",
+    "permuted groups uniform",
+    "planted groups uniform",
+}
+GRID_ROWS = [row for row in ROWS if row not in NOT_IN_GRID]
 
 START = (
     "dataset",
@@ -127,6 +156,7 @@ START = (
     "windows",
     "history",
     "model",
+    "start",
     "batch",
     "epochs",
     "lr",
@@ -141,6 +171,7 @@ KEPT = {
     "legal NLL": np.float32,
 }  # of every window
 UNTRAINED = "popularity", "before"
+UNIFORM = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
 
 
 # ------------------------------------------------------------------------------------------------ the lists of runs
@@ -153,6 +184,8 @@ def make_run(row, setting, seed, **changes):
         CONFIG["every"] | CONFIG.get("gdrt" if loss == "fixed" else loss, {}) | setting | ROWS[row]
     )
     shared = CONFIG["every"] | setting | {"seed": seed}
+    if base["model"] != "tiny":  # only the tiny model's start has changed; other keys stay
+        del base["start"], shared["start"]
     told = {
         name: value
         for name, value in changes.items()
@@ -166,7 +199,7 @@ def make_run(row, setting, seed, **changes):
         "name": row,
         "row": label,
         "arguments": base | changes | {"seed": seed},
-        "reference": {name: shared[name] for name in START},
+        "reference": {name: shared[name] for name in START if name in shared},
     }
 
 
@@ -189,10 +222,10 @@ def table_of(rows, setting, seeds):
     ]
 
 
-def trials(row, setting, **values):
+def trials(row, setting, seed=0, **values):
     """Every combination of `values`, on validation alone."""
     return [
-        make_run(row, setting, 0, no_test=True, **dict(zip(values, combination)))
+        make_run(row, setting, seed, no_test=True, **dict(zip(values, combination)))
         for combination in itertools.product(*values.values())
     ]
 
@@ -206,9 +239,49 @@ def experiments(name, folders=()):
     if name == "power":
         return table_of(["sft"], grid, 5) + table_of(["sft"], SETTINGS["loo"], 5)
     if name == "grid":
-        return table_of([row for row in ROWS if row != "planted groups"], grid, 5)
+        return table_of(GRID_ROWS, grid, 5)
     if name == "loo":
         return table_of((*base, "gdrt uniform"), SETTINGS["loo"], 5)
+    if name == "untrained":
+        return [
+            run
+            for seed in range(5)
+            for row in ("sft", "gdrt uniform")
+            for run in trials(row, SETTINGS["untrained"], seed)
+        ]
+    if name == "epochs":
+        return [
+            run
+            for epochs in (1, 2, 3, 4)
+            for row in ("sft", "gdrt uniform")
+            for run in trials(row, SETTINGS["untrained"], epochs=[epochs])
+        ]
+    if name == "main":
+        return table_of(("popularity", "before", "sft", *UNIFORM), SETTINGS["untrained"], 5)
+    if name == "toy-shop":
+        controls = ("permuted groups uniform", "planted groups uniform")
+        rows = ("popularity", "before", "sft", *UNIFORM, *controls)
+        return table_of(rows, SETTINGS["toy-shop"], 5)
+    if name == "toy-epochs":
+        return [
+            run
+            for seed in range(3)
+            for epochs in (1, 2, 3, 4, 6, 8)
+            for row in ("sft", "gdrt uniform")
+            for run in trials(row, SETTINGS["toy-shop"], seed, epochs=[epochs])
+        ]
+    if name == "transfer-uniform":
+        if not folders:
+            raise InputError("transfer-uniform: name the folders of office and book with --data")
+        return [
+            run
+            for folder in folders
+            for run in table_of(
+                ("sft", "gdrt uniform by ablation"),
+                SETTINGS["transfer-uniform"] | {"dataset": folder},
+                3,
+            )
+        ]
     if name == "smollm2":
         return table_of((*base, "gdrt probability tau 4"), SETTINGS["smollm2"], 1)
     if name == "toy":
@@ -317,6 +390,21 @@ def planted(dataset, prompts):
     r = np.ones((len(prompts.titles), prompts.trie.path.shape[1] - 1))
     r[[words[0] == "taste" for words in dataset.planted["words"]], 0] = 0
     return r
+
+
+def permuted(group, windows, seed):
+    """Gradient's groups dealt out anew among the target tokens: (group (items, L), shares (K,)).
+
+    Every group keeps its number of different target tokens; its share of the training tokens
+    varies with how often the titles are targets.
+    """
+    known = group >= 0
+    group = group.copy()
+    group[known] = np.random.default_rng(seed).permutation(group[known])
+    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(group))
+    weight = np.broadcast_to(times[:, None], group.shape)[known]
+    mass = np.bincount(group[known], weights=weight)
+    return group, (mass / mass.sum()).tolist()
 
 
 def measured(begun, name, seed):
@@ -453,7 +541,7 @@ def start(text, data_dir, cache, device, precision):
 
 
 def begin(arguments, options):
-    named = {name: arguments[name] for name in START} | {
+    named = {name: arguments[name] for name in START if name in arguments} | {
         "path": options.paths.get(arguments["dataset"], arguments["dataset"])
     }
     return start(
@@ -525,11 +613,13 @@ def perform(run, options):
     }
     arrays = {}
     if "relevance" in arguments:
-        n_groups, (r, seconds["relevance"]) = (
-            arguments["groups"],
-            measured(begun, arguments["relevance"], seed),
+        n_groups, name = arguments["groups"], arguments["relevance"]
+        r, seconds["relevance"] = measured(
+            begun, "gradient" if name == "permuted" else name, seed
         )
         group, line["cuts"], line["shares"] = cut_groups(r, begun.windows, n_groups)
+        if name == "permuted":
+            group, line["shares"] = permuted(group, begun.windows, seed)
         arrays["group"] = group.astype(np.int8)
     model = begun.model
     model.load_state_dict(begun.before)  # measuring has left other weights in it
@@ -642,6 +732,12 @@ def parser():
             "toy",
             "dose",
             "smollm2",
+            "untrained",
+            "epochs",
+            "main",
+            "toy-shop",
+            "toy-epochs",
+            "transfer-uniform",
         ),
     )
     p.add_argument(

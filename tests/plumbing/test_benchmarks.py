@@ -32,6 +32,7 @@ ROWS = (
     "focal",
     "gdrt + msl",
     "planted groups",
+    "permuted groups uniform",
 )
 
 
@@ -243,7 +244,7 @@ def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
 
 
 def test_tables_of_a_real_run(done, capsys):
-    tables.main(["toy", "--results", str(done[0])])
+    tables.main(["toy-shop", "--results", str(done[0])])
     text = capsys.readouterr().out
     assert all(f"\n| {row} |" in text for row in ROWS)
     assert text.count("\n| ") == len(ROWS) + 2  # the header and the rule below it
