@@ -470,7 +470,7 @@ TASTES = {
 BESTSELLER = "Bestseller"
 PER_TASTE, BESTSELLERS = 15, 16  # products
 DETAILS, DETAIL_WORDS = 8, 300  # words that follow in a title, and how many there are to draw from
-REGULARS, VISITORS = 300, 300  # users with 12 to 24 purchases, and with 5: too few to train on
+REGULARS, VISITORS = 250, 250  # users with 12 to 24 purchases, and with 5: too few to train on
 PERSONAL = 0.85  # of what a user buys is drawn by taste, the rest from the bestsellers
 
 

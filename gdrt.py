@@ -709,8 +709,8 @@ def print_groups(groups, setup, args, cfg):
     print(f"tokens with one continuation hold {language:.0%} of SFT's loss (language share)")
     if user < LITTLE_USER and args.relevance != "probability":
         print(
-            "The model hardly uses the user yet, so groups by attribution are noise:\n"
-            "raise --warmup, or take --relevance probability."
+            "The model hardly uses the user yet: the order of the tokens with a choice is noise.\n"
+            "For a steadier one raise --warmup, or take --relevance probability."
         )
     if language < LITTLE_LANGUAGE:
         print("Little of the loss is language: hardly a bias is left for GDRT to remove.")
@@ -806,7 +806,9 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
     measure = functools.partial(
         evaluate_model, model, prompts, dataset, group=group_of, n_groups=args.groups, **options
     )
-    result = {"valid": measure(dataset.valid)[0]}
+    result = {}
+    if args.no_test or folder.name != "before":  # nothing is chosen by the untrained model
+        result["valid"] = measure(dataset.valid)[0]
     if not args.no_test:
         result["test"], per_window, ranking = measure(dataset.test)
         ndcg = per_window["NDCG@10"]
@@ -814,8 +816,8 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
             model, prompts, dataset.test, group_of, args.groups, ndcg, seed=args.seed, **options
         )
         write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, per_window)
-        if folder.name == args.loss[-1]:  # the report shows one heat map
-            window = dataset.test[0]
+        if folder.name == args.loss[-1]:  # the report shows one heat map, of a short history
+            window = min(dataset.test, key=lambda window: window.stop - window.start)
             record = token_attribution(model, setup.tokenizer, prompts, window, device=cfg.device)
             write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
     return result | {"seconds": time.perf_counter() - start}
