@@ -1,19 +1,21 @@
-"""How much a target token owes to the auxiliary tokens and how much to the user: relevance, groups, attribution.
+"""How much a target token owes to the auxiliary tokens and how much to the user; groups of like r.
 
-Read `segment_gradient` first: it is the method's measuring device; `relevance` averages it over windows, `cut_groups`
-turns it into the groups of the objective, `token_attribution` opens one prompt token by token.
+The auxiliary tokens of a target token are the task's words and the title's own prefix. Read down to
+the ruler: two ways to attribute log p of a target token to a segment of its prompt, the relevance r
+that follows, and the cut of all target tokens into groups by r.
 
-    symbol   paper / docs         here
-    a        task, prefix         segments TEMPLATE and TITLE (auxiliary tokens)
-    u        user interactions    segment USER
-    A_S(t)   attribution          `segment_gradient`, `ablations`  (N,)
-    r        relevance            `ratio`: |A_aux| / (|A_aux| + |A_user|), in [0, 1]
+    symbol   paper / docs            here
+    a        task, prefix            segments TEMPLATE and TITLE (auxiliary tokens)
+    u        user interactions       segment USER
+    A_S(t)   attribution, nats       `segment_gradient`, `ablations`  (N,)
+    r        relevance, in [0, 1]    `ratio`: (|A_aux| + c) / (|A_aux| + |A_user| + c)
 """
 
 import argparse
 import contextlib
+import heapq
 import html
-from collections import Counter
+import itertools
 
 import numpy as np
 import torch
@@ -44,16 +46,134 @@ from data import (
 )
 
 AUXILIARY = (TEMPLATE, TITLE)
-STEPS = 4  # points on the path; rank correlation of r with its limit, the ablation, where tokens have a choice: 0.74 at 2, 0.91 at 4; 0.97 at 4 on another warm-up
-WINDOWS_PER_TITLE = 1  # at least: trees are taken whole, so most titles get more; r differs more between tokens than between windows
+POINTS = 4  # on the path; rank correlation of r with its limit, the ablation: 0.74 at 2, 0.91 at 4
+FLOOR = 0.5  # c, nats: a token that is all but certain owes nothing to the user (see `ratio`)
 
 
-# ------------------------------------------------------------------------------------------------ two attributions
+def path_ends(model, batch, segment):
+    """(E, E - baseline on the segment's tokens and 0 elsewhere). Shapes: (B, T, D) each.
+
+    The baseline is the mean of what the embedding layer returns over its vocabulary.
+    """
+    embedding = model.get_input_embeddings()
+    E = embedding(batch.ids)  # (B, T, D)
+    inside = torch.isin(batch.segment, torch.tensor(segment, device=E.device))  # (B, T)
+    return E, (E - mean_embedding(embedding)) * inside[..., None]  # (B, T, D)
+
+
+def segment_gradient(model, batch, segment, points=POINTS, trie=None):
+    """A_S of every target token in nats, (N,): the integral of d log p / ds, midpoint rule.
+
+    The path moves the embeddings of S from the baseline (s = 0) to their own values (s = 1), all
+    else fixed. One forward-mode pass gives d log p / ds of EVERY target token; reverse mode would
+    need one backward per token. With a trie, p is over legal continuations.
+    """
+    E, delta = path_ends(model, batch, segment)
+    legal = trie and legal_tokens(batch, trie)
+    total = 0
+    for j in range(points):
+        s = (j + 0.5) / points
+        with forward_ad.dual_level(), FastForwardAD():
+            dual = forward_ad.make_dual(E - (1 - s) * delta, delta)  # the embeddings at s, moving
+            logits, tangent = forward_ad.unpack_dual(target_logits(model, batch, embeds=dual))
+        total = total + log_prob_derivative(logits, tangent, batch.label, legal)  # (N,)
+    return total / points
+
+
+def ablations(model, batch, segments, tries=(None,)):
+    """log p - log p with a segment at the baseline -> (len(tries), len(segments), N) nats.
+
+    This is what `segment_gradient` tends to with more points (Feature Ablation). The forwards are
+    shared: one as it is and one a segment, whatever the number of softmaxes in `tries`.
+    """
+    legal = [trie and legal_tokens(batch, trie) for trie in tries]
+
+    def log_probs(embeds):  # (B, T, D) -> (len(tries), N)
+        logits = target_logits(model, batch, embeds)  # (N, V)
+        return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])
+
+    E, _ = path_ends(model, batch, ())
+    own = log_probs(E)
+    without = [log_probs(E - path_ends(model, batch, segment)[1]) for segment in segments]
+    return torch.stack([own - ablated for ablated in without], dim=1)
+
+
+def ratio(aux, user, floor=FLOOR):
+    """r = (|A_aux| + c) / (|A_aux| + |A_user| + c), elementwise (the floor c is our choice).
+
+    Without c, a token that is all but certain has the quotient of two tiny numbers. With it such a
+    token counts as relevant to the auxiliary tokens, as one that needs no user should.
+    """
+    aux, user = np.abs(aux), np.abs(user)
+    return (aux + floor) / (aux + user + floor)
+
+
+def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0, device="cpu"):
+    """Relevance of target tokens to their auxiliary tokens -> (items, L), NaN where not measured.
+
+    A property of (title, place in the title): the mean of r over a seeded sample of the windows
+    with that title as target. log p is over LEGAL continuations: it asks what tells this title from
+    others, not what tells the model to write a title at all. A token with one continuation has
+    r = 1. Both are our choices. method "probability": r = p(y_t | a, y_<t), the history empty.
+    """
+    if method == "probability":
+        p, item, place = prior_probability(model, prompts, windows, device)
+        return mean_by_place(p, item, place, prompts)
+    trees = build_trees(prompts, sample_windows(windows, seed))
+    note = f"relevance ({method})"
+    aux, user, item, place, _ = attributions(
+        model, trees, method, (prompts.trie,), points, device, note
+    )
+    return mean_by_place(ratio(aux, user), item, place, prompts)
+
+
+def cut_groups(r, windows, n_groups):
+    """Cut the target tokens of `windows` by r (items, L) -> (group (items, L), cuts, shares).
+
+    Group 0 is the least relevant to auxiliary tokens; -1 where r is NaN. Groups hold equal shares of
+    the training tokens as far as ties allow: equal r, equal group. cuts: the lowest r of each group.
+    """
+    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(r))  # (items,)
+    known = ~np.isnan(r)
+    values, index = np.unique(r[known], return_inverse=True)
+    mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
+    # A value with more tokens than an equal share fills a group of its own; the rest is cut evenly.
+    size = mass.sum() / n_groups
+    large = mass < 0
+    while len(values) >= n_groups and (mass[~large] > size).any():
+        large = mass > size
+        size = mass[~large].sum() / (n_groups - large.sum())
+    weight = np.minimum(mass, size)
+    # A value belongs to the group into which the middle of its tokens falls.
+    middle = (np.cumsum(weight) - weight / 2) / weight.sum()
+    group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
+    shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
+    if (shares == 0).any():
+        raise InputError(
+            f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; "
+            "use fewer groups"
+        )
+    group = np.full(r.shape, -1)
+    group[known] = group_of_value[index]
+    cuts = [float(values[group_of_value == g][0]) for g in range(n_groups)]
+    return group, cuts, shares.tolist()
+
+
+# ---------------------------------------------------------------- below: plumbing
+
+
+def mean_embedding(embedding):
+    """Mean over the vocabulary of what the embedding layer returns, (D,): some layers scale it."""
+    weight = embedding.weight
+    total = torch.zeros(weight.shape[1], device=weight.device)
+    for tokens in torch.arange(len(weight), device=weight.device).split(8192):
+        total = total + embedding(tokens).float().sum(0)
+    return (total / len(weight)).to(weight.dtype)
 
 
 @contextlib.contextmanager
 def forward_mode(model):
-    """Evaluation mode, no gradient graph, and eager attention: the fused kernels have no forward-mode derivative."""
+    """Evaluation mode, no gradient graph, eager attention: fused kernels have no forward mode."""
     training = model.training
     model.eval()
     try:
@@ -81,14 +201,6 @@ class FastForwardAD(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def path_ends(model, batch, segment):
-    """(embeddings E, E - baseline on `segment`'s tokens and 0 elsewhere), both (B, T, D); baseline = mean embedding."""
-    embedding = model.get_input_embeddings()
-    E = embedding(batch.ids)  # (B, T, D)
-    inside = torch.isin(batch.segment, torch.tensor(segment, device=E.device))  # (B, T)
-    return E, (E - embedding.weight.mean(0)) * inside[..., None]
-
-
 def label_log_prob(logits, label, legal=None):
     """log p of labels (N,) from logits (N, V): over the vocabulary, or over the tokens that data.legal_tokens lists."""
     if legal is None:
@@ -112,167 +224,121 @@ def log_prob_derivative(logits, tangent, label, legal=None):
     )
 
 
-def segment_gradient(model, batch, segment, steps=STEPS, trie=None):
-    """A_S of every target token, (N,) nats: the path integral of d log p / ds by the midpoint rule at `steps` points.
-
-    The path moves the embeddings of S from the baseline (s = 0) to their values (s = 1), all else fixed. One forward-mode
-    pass gives d log p / ds of EVERY target token; reverse mode would need one backward per token. With a trie, p is over the
-    legal continuations.
-    """
-    E, delta = path_ends(model, batch, segment)
-    legal, total = trie and legal_tokens(batch, trie), 0
-    for j in range(steps):
-        s = (j + 0.5) / steps
-        with forward_ad.dual_level(), FastForwardAD():
-            dual = target_logits(
-                model, batch, embeds=forward_ad.make_dual(E - (1 - s) * delta, delta)
-            )
-            logits, tangent = forward_ad.unpack_dual(dual)  # (N, V) each
-        total = total + log_prob_derivative(logits, tangent, batch.label, legal)
-    return total / steps
-
-
-def ablations(model, batch, segments, tries=(None,)):
-    """log p - log p with a segment's embeddings at the baseline (Feature Ablation) -> (len(tries), len(segments), N) nats.
-
-    The forwards are shared: one as it is and one a segment, whatever the number of softmaxes `tries` (None: over the vocabulary).
-    """
-    legal = [trie and legal_tokens(batch, trie) for trie in tries]
-
-    def log_probs(embeds):
-        logits = target_logits(model, batch, embeds)  # (N, V)
-        return torch.stack(
-            [label_log_prob(logits, batch.label, tokens) for tokens in legal]
-        )  # (len(tries), N)
-
-    own = log_probs(path_ends(model, batch, ())[0])
-    ends = [path_ends(model, batch, segment) for segment in segments]
-    return torch.stack([own - log_probs(E - delta) for E, delta in ends], dim=1)
-
-
 def attributions(
-    model, trees, method="gradient", tries=(None,), steps=STEPS, device="cpu", note="attribution"
+    model, trees, method="gradient", tries=(None,), points=POINTS, device="cpu", note="attribution"
 ):
-    """(A_aux, A_user of each softmax in `tries`, item, step, window), each (N,) numpy, over all target tokens; scores in fp32."""
+    """(A_aux, A_user of each softmax in `tries`, item, place, window), each (N,) numpy, in fp32."""
     segments = AUXILIARY, (USER,)
-
-    def measure(batch):
-        if method == "ablation":
-            return ablations(model, batch, segments, tries).flatten(0, 1)
-        return [
-            segment_gradient(model, batch, segment, steps, trie)
-            for trie in tries
-            for segment in segments
-        ]
-
     parts = []
     with forward_mode(model):
         for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
             batch = collate([trees[i] for i in indices], device)
-            A = [a.cpu().double() for a in measure(batch)]
+            if method == "ablation":
+                found = ablations(model, batch, segments, tries).flatten(0, 1)
+            else:
+                pairs = itertools.product(tries, segments)
+                found = [segment_gradient(model, batch, S, points, trie) for trie, S in pairs]
+            A = [a.cpu().double() for a in found]
             parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.place, batch.window)])
     return [np.concatenate(part) for part in zip(*parts)]
 
 
-# ------------------------------------------------------------------------------------------------ relevance and groups
+def prior_probability(model, prompts, windows, device="cpu"):
+    """(p(y_t | task, prefix) with the history empty, item, place), each (N,): one prompt a title."""
+    targets = sorted({w.items[w.stop] for w in windows})
+    trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
+    log_p, item, place, _ = log_probs_of(model, prompts, trees, device)
+    return np.exp(log_p), item, place
 
 
-def ratio(aux, user):
-    """r = |aux| / (|aux| + |user|), elementwise; 0/0 is 1: a token certain without the user."""
-    aux, user = np.abs(aux), np.abs(user)
-    return np.where(aux + user > 0, aux / np.where(aux + user > 0, aux + user, 1), 1.0)
+def log_probs_of(model, prompts, trees, device="cpu"):
+    """(log p over legal continuations, item, place, window) of all target tokens, each (N,)."""
+    parts = []
+    with forward_mode(model):
+        for indices in by_length(trees):
+            batch = collate([trees[i] for i in indices], device)
+            logits = target_logits(model, batch)  # (N, V)
+            log_p = label_log_prob(logits, batch.label, legal_tokens(batch, prompts.trie))
+            found = log_p.cpu().double(), batch.item, batch.place, batch.window
+            parts.append([x.cpu().numpy() for x in found])
+    return [np.concatenate(part) for part in zip(*parts)]
 
 
-def sample_windows(windows, per_title, seed):
-    """A seeded sample with `per_title` windows or more of each target item, where it has them, in the order of `windows`.
+def sample_windows(windows, seed):
+    """Windows that have every target of `windows` once or more, in the same order.
 
-    Trees are drawn at random and taken whole if a title in them is still wanted: their trunks are paid for once.
+    Whole trees are taken, the one with most titles that are still wanted first, ties in a seeded
+    order: their shared prefixes are paid for once, and few trees cover the catalogue.
     """
-    groups, taken, chosen = by_shared_prefix(windows), Counter(), []
-    for g in np.random.default_rng(seed).permutation(len(groups)):
-        targets = [windows[i].items[windows[i].stop] for i in groups[g]]
-        if any(taken[target] < per_title for target in targets):
-            taken.update(targets)
+    groups = by_shared_prefix(windows)
+    targets = [{windows[i].items[windows[i].stop] for i in group} for group in groups]
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    queue = [(-len(targets[g]), place, g) for place, g in enumerate(order)]
+    heapq.heapify(queue)
+    covered = set()
+    chosen = []
+    while queue:
+        expected, place, g = heapq.heappop(queue)
+        gain = len(targets[g] - covered)
+        if gain == -expected:
+            covered |= targets[g]
             chosen += groups[g]
+        elif gain:  # others have taken some of its titles since: it waits for its turn
+            heapq.heappush(queue, (-gain, place, g))
     return [windows[i] for i in sorted(chosen)]
 
 
-def mean_by_place(values, item, step, prompts):
+def mean_by_place(values, item, place, prompts):
     """Means of values (N,) of target tokens by title and place in it -> (items, L), NaN where there is none."""
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
     total, count = np.zeros(shape), np.zeros(shape)
-    np.add.at(total, (item, step), values)
-    np.add.at(count, (item, step), 1)
+    np.add.at(total, (item, place), values)
+    np.add.at(count, (item, place), 1)
     return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
 
 
-def relevance(model, prompts, windows, method="gradient", steps=STEPS, seed=0, device="cpu"):
-    """Relevance of target tokens to their auxiliary tokens -> (items, L) in [0, 1], NaN where no window has the target.
+# ---------------------------------------------------------------- will the method help here?
 
-    A property of (title, place in the title): the mean of r over a seeded sample of the training windows with that
-    target (our choice). Attribution is of log p over LEGAL continuations (our choice): it asks what tells this title from
-    others, not what tells the model to write a title at all, which the task's words do and which drowns the user. A token
-    with one continuation has r = 1. method 'probability': p(y_t | a, y_<t) with the history empty, one prompt a title.
+DIAGNOSED = 200  # windows that the diagnosis reads at most
+
+
+def diagnose(model, prompts, windows, seed=0, device="cpu"):
+    """{"user information", "language share"} of the model as it stands (our choice).
+
+    user information: mean over windows of log p(title | history) - log p(title | no history), in
+    nats over legal continuations; near 0 the model does not use the user, and an attribution to
+    the user is noise. language share: the part of SFT's loss, over the vocabulary, that tokens with
+    one continuation hold; near 0 there is no language bias for group weights to remove.
     """
-    if method == "probability":
-        targets = sorted({w.items[w.stop] for w in windows})
-        trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
-        parts = []
-        with forward_mode(model):
-            for indices in by_length(trees):
-                batch = collate([trees[i] for i in indices], device)
-                p = label_log_prob(
-                    target_logits(model, batch), batch.label, legal_tokens(batch, prompts.trie)
-                ).exp()
-                parts.append([x.cpu().numpy() for x in (p.cpu().double(), batch.item, batch.place)])
-        r, item, step = (np.concatenate(part) for part in zip(*parts))
-    else:
-        trees = build_trees(prompts, sample_windows(windows, WINDOWS_PER_TITLE, seed))
-        aux, user, item, step, _ = attributions(
-            model, trees, method, (prompts.trie,), steps, device, note=f"relevance ({method})"
-        )
-        r = ratio(aux, user)
-    return mean_by_place(r, item, step, prompts)
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:DIAGNOSED]
+    windows = [windows[i] for i in sorted(chosen.tolist())]
+    trees = build_trees(prompts, windows)
+    with_history = log_probs_of(model, prompts, trees, device)[0].sum() / len(windows)
+    p, item, _ = prior_probability(model, prompts, windows, device)
+    by_title = np.bincount(item, weights=np.log(np.maximum(p, 1e-300)))  # (items,)
+    without = np.mean([by_title[w.items[w.stop]] for w in windows])
+    return {
+        "user information": float(with_history - without),
+        "language share": language_share(model, prompts, trees, device),
+    }
 
 
-def cut_groups(r, windows, n_groups):
-    """Cut the target tokens of `windows` by relevance -> (group (items, L) int, -1 where r is NaN; cuts; shares).
-
-    Group 0 is the least relevant. Groups hold equal shares of the training tokens as far as ties allow: equal r, equal
-    group. cuts: the lowest r of each group. An empty group is an InputError.
-    """
-    times = np.bincount(
-        [w.items[w.stop] for w in windows], minlength=len(r)
-    )  # how often each title is a target
-    known = ~np.isnan(r)
-    values, index = np.unique(r[known], return_inverse=True)
-    mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
-    if len(values) < n_groups:
-        raise InputError(
-            f"--groups {n_groups}: {len(values)} different relevances leave groups empty; use fewer groups"
-        )
-    size, large = mass.sum() / n_groups, mass < 0
-    while (
-        mass[~large] > size
-    ).any():  # a tie that is too large for a group counts as a full one: the rest is cut evenly
-        large = mass > size
-        size = mass[~large].sum() / (n_groups - large.sum())
-    weight = np.minimum(mass, size)
-    middle = (
-        np.cumsum(weight) - weight / 2
-    ) / weight.sum()  # where each value's tokens lie in the sorted order
-    place = np.minimum((middle * n_groups).astype(int), n_groups - 1)
-    shares = np.bincount(place, weights=mass, minlength=n_groups) / mass.sum()
-    if (shares == 0).any():
-        raise InputError(
-            f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; use fewer groups"
-        )
-    group = np.full(r.shape, -1)
-    group[known] = place[index]
-    return group, [float(values[place == g][0]) for g in range(n_groups)], shares.tolist()
+def language_share(model, prompts, trees, device="cpu"):
+    """Share of the summed NLL over the vocabulary that tokens with one continuation hold."""
+    first = torch.as_tensor(np.diff(prompts.trie.first), device=device)  # continuations of a node
+    path = torch.as_tensor(prompts.trie.path, device=device)
+    forced = everything = 0.0
+    with forward_mode(model):
+        for indices in by_length(trees):
+            batch = collate([trees[i] for i in indices], device)
+            nll = -label_log_prob(target_logits(model, batch), batch.label).double()  # (N,)
+            single = first[path[batch.item, batch.place]] == 1  # (N,)
+            everything += float(nll.sum())
+            forced += float(nll[single].sum())
+    return forced / everything if everything else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ one prompt, token by token
+# ---------------------------------------------------------------- one prompt, token by token
 
 PATH_STEPS = (
     128  # Gauss-Legendre points of the path; gap to completeness on toy: 3.98% at 64, 0.21% at 128

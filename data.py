@@ -437,7 +437,9 @@ def fetch_movielens(name, data_dir=None, cache=None):
             http.client.HTTPException,
             subprocess.SubprocessError,
         ) as error:
-            announce(f"{name}: left {source}: {normalize_text(str(error))[:200] or type(error).__name__}")
+            announce(
+                f"{name}: left {source}: {normalize_text(str(error))[:200] or type(error).__name__}"
+            )
     else:
         raise InputError(
             f"no source answers; download {name}.zip from grouplens.org, then pass --data-dir {name}.zip"
@@ -454,53 +456,79 @@ def fetch_movielens(name, data_dir=None, cache=None):
 
 # ------------------------------------------------------------------------------------------------ toy
 
+# What a shop sells: a taste, and the words that say so in the title of every such product.
 TASTES = {
-    "Sci-Fi": "Voyage",
-    "Western": "Trail",
-    "Romance": "Letters",
-    "Horror": "Cellar",
-    "Comedy": "Wedding",
-    "Crime": "Heist",
-    "War": "Bridge",
-    "Musical": "Song",
-    "Popular": "Parade",
+    "Coffee": "Coffee Maker",
+    "Camping": "Camping Tent",
+    "Lighting": "Desk Lamp",
+    "Cookware": "Frying Pan",
+    "Luggage": "Travel Backpack",
+    "Computers": "Wireless Mouse",
+    "Cutlery": "Kitchen Knife",
+    "Garden": "Garden Chair",
 }
+BESTSELLER = "Bestseller"
+PER_TASTE, BESTSELLERS = 15, 16  # products
+DETAILS, DETAIL_WORDS = 8, 300  # words that follow in a title, and how many there are to draw from
+REGULARS, VISITORS = 250, 250  # users with 12 to 24 purchases, and with 5: too few to train on
+PERSONAL = 0.85  # of what a user buys is drawn by taste, the rest from the bestsellers
 
 
-def toy_table(seed, users=200):
-    """Invented films and users who choose for known reasons -> (Table, planted).
+def toy_table(seed):
+    """An invented shop and users who buy for known reasons -> (Table, planted).
 
-    'Zorvana Voyage (1987)': the first word names the film, so all that follows it follows from the prefix. A user has two
-    of eight tastes. 85% of her films are drawn from those of her tastes: their first word depends on her history. 15% are
-    popular films, drawn alike for everybody. Within a kind some films are drawn more often, whoever the user is.
-    planted["words"][item]: 'taste' or 'bias' for each word of the quoted title; a word's further tokens and EOS are bias.
-    planted["tastes"][user id]: her two genres.
+    In "Zorvana Coffee Maker sofa mili ... (1987)" the first word, the brand, names the product; all
+    that follows it follows from the prefix, as in real product titles. A user has two of eight
+    tastes: 85% of the purchases are drawn by taste, so their first word depends on the history;
+    15% are bestsellers, drawn alike for everybody. Visitors are there to be ranked for, not
+    trained on: leave-one-out takes their last two purchases.
+    planted["words"][item]: "taste" or "bias" for each word of the quoted title; a word's further
+    tokens and EOS are bias. planted["tastes"][user id]: the user's two tastes.
     """
     random = np.random.default_rng(seed)
-    kinds = np.repeat(list(TASTES), [15] * 8 + [16])
-    frequency = np.concatenate([1 / np.arange(3, 3 + (kinds == kind).sum()) for kind in TASTES])
-    for kind in TASTES:
-        frequency[kinds == kind] /= frequency[kinds == kind].sum()
+    kinds = np.repeat([*TASTES, BESTSELLER], [PER_TASTE] * len(TASTES) + [BESTSELLERS])
+    titles = toy_titles(kinds, random)
+    frequency = np.zeros(len(kinds))  # within a kind, some products sell better, whoever buys
+    for kind in [*TASTES, BESTSELLER]:
+        share = 1 / np.arange(3, 3 + (kinds == kind).sum())
+        frequency[kinds == kind] = share / share.sum()
+
+    ratings = []
+    tastes = {}
+    for user in range(REGULARS + VISITORS):
+        tastes[str(user)] = random.choice(list(TASTES), 2, replace=False).tolist()
+        wanted = np.isin(kinds, tastes[str(user)]) * PERSONAL / 2
+        chance = frequency * (wanted + (kinds == BESTSELLER) * (1 - PERSONAL))
+        many = random.integers(12, 25) if user < REGULARS else MIN_POSITIVES
+        bought = random.choice(len(kinds), many, replace=False, p=chance)
+        moments = random.integers(10**6) + random.integers(1, 20_000, many).cumsum()
+        for item, moment in zip(bought, moments):
+            ratings.append((str(user), str(item), 4.0, float(moment)))
+    words = [
+        ["bias" if kind == BESTSELLER else "taste"] + ["bias"] * (DETAILS + 2) for kind in kinds
+    ]
+    genres = {str(i): (str(kind),) for i, kind in enumerate(kinds)}
+    return Table(titles, genres, ratings), {"words": words, "tastes": tastes}
+
+
+def toy_titles(kinds, random):
+    """{item id: title}: a brand of its own, what it is, and details drawn for it alone."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-    words = {}  # keeps its order, as a set would not
-    while len(words) < len(kinds):
-        words["".join(random.choice(syllables, 3)).capitalize()] = None
-    titles = {
-        str(i): f"{word} {TASTES[kind]} ({random.integers(1950, 2000)})"
-        for i, (word, kind) in enumerate(zip(words, kinds))
-    }
-    ratings, tastes = [], {}
-    for user in map(str, range(users)):
-        tastes[user] = random.choice(list(TASTES)[:8], 2, replace=False).tolist()
-        chance = frequency * (0.425 * np.isin(kinds, tastes[user]) + 0.15 * (kinds == "Popular"))
-        films = random.choice(len(kinds), random.integers(12, 25), replace=False, p=chance)
-        moments = random.integers(10**6) + random.integers(1, 20_000, len(films)).cumsum()
-        ratings += [(user, str(film), 4.0, float(moment)) for film, moment in zip(films, moments)]
-    planted = {
-        "words": [["bias" if kind == "Popular" else "taste", "bias", "bias"] for kind in kinds],
-        "tastes": tastes,
-    }
-    return Table(titles, {str(i): (str(kind),) for i, kind in enumerate(kinds)}, ratings), planted
+
+    def invent(n, length):
+        words = {}  # keeps its order, as a set would not
+        while len(words) < n:
+            words["".join(random.choice(syllables, length))] = None
+        return list(words)
+
+    brands = invent(len(kinds), 3)
+    details = invent(DETAIL_WORDS, 2)
+    titles = {}
+    for i, (brand, kind) in enumerate(zip(brands, kinds)):
+        follows = " ".join(random.choice(details, DETAILS))
+        year = random.integers(1950, 2000)
+        titles[str(i)] = f"{brand.capitalize()} {TASTES.get(kind, 'Gift Card')} {follows} ({year})"
+    return titles
 
 
 # ------------------------------------------------------------------------------------------------ windows

@@ -1,161 +1,196 @@
-"""GDRT: group distributionally robust fine-tuning of an LLM recommender, from losses to command line, in one file.
+"""GDRT: group distributionally robust fine-tuning of an LLM recommender, loss to command line.
 
-Fine-tuned on 'history -> next title', a language model leans on auxiliary tokens (the task's words, the title's own
-prefix) and neglects the user's history. GDRT groups target tokens by their relevance to auxiliary tokens and minimises a
-group-DRO objective over the groups, so that badly served groups weigh more (arXiv 2510.10978).
-
-Read first `gdrt_loss`, which stands alone and can be copied, then `update` (one step of training), then `run`.
+Fine-tuned on "history -> next title", a language model leans on auxiliary tokens (the task's words
+and the title's own prefix) and neglects the user's history. GDRT groups the target tokens by their
+relevance to the auxiliary tokens and minimises a group-DRO objective over the groups, so that
+badly served groups weigh more (arXiv 2510.10978, reconstructed from its abstract).
 
     symbol        docs                       here
     y_t           target token               label
     r             relevance                  attribution.relevance
     g, K          group of a token, number   group, n_groups
-    L_g           mean NLL of group g        group_loss
+    L_g, n_g      mean NLL, number of tokens group_loss, count
     q_g           weight of group g          q
     tau, prior    temperature, anchor of q   tau, prior
-    N             target tokens of a batch   the first size of nll
 
-Not here: LoRA, mixed data, other trainers' features. What is here runs on one process or under torchrun.
+Read data.py, attribution.py and evaluate.py first, each down to its ruler; then this file to its own.
 """
 
+import contextlib
+import copy
 import math
+from pathlib import Path
 
 import torch
 
-# ------------------------------------------------------------------------------------------------ losses
+# ---------------------------------------------------------------- the loss: copy from here
 
 
-def group_means(nll, group, n_groups):
-    """Mean NLL of each group.
-
-    Args:
-        nll: NLL of each target token in nats, ignored tokens left out. Half precision is summed in fp32. Shape: (N,)
-        group: group of each target token, in 0 .. n_groups - 1, int64. Shape: (N,)
-        n_groups: K.
-    Returns:
-        (group_loss, count): mean NLL by group with gradient, 0 where absent; tokens by group. Shapes: (K,), (K,)
-    """
-    if nll.dim() != 1 or nll.shape != group.shape or len(nll) == 0:
-        raise ValueError(
-            f"nll and group need one shape (N,), N > 0, not {tuple(nll.shape)} and {tuple(group.shape)}"
-        )
-    if group.dtype != torch.int64:
-        raise ValueError(f"group must be int64, not {group.dtype}")
-    if group.min() < 0 or group.max() >= n_groups:
-        raise ValueError(
-            f"group ids lie in 0 .. {n_groups - 1}, not in {int(group.min())} .. {int(group.max())}"
-        )
-    nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # a bf16 counter would stop at 256
-    count = nll.new_zeros(n_groups).index_add(0, group, torch.ones_like(nll))
-    total = nll.new_zeros(n_groups).index_add(0, group, nll)
-    return total / count.clamp(min=1), count
-
-
-def group_prior(count, prior):
-    """The weights q is held to, 0 for absent groups and renormalised over the rest.
-
-    Args:
-        count: tokens by group, floating, not all 0. Shape: (K,)
-        prior: 'uniform' (one each) or 'share' (n_g / n).
-    Returns:
-        p; sums to 1. Shape: (K,)
-    """
-    if prior not in ("uniform", "share"):
-        raise ValueError(f"prior must be 'uniform' or 'share', not {prior!r}")
-    weight = count if prior == "share" else (count > 0).to(count.dtype)
-    return weight / weight.sum()
+def group_sums(nll, group, n_groups):
+    """(summed NLL, number of tokens) of each group. They add up over micro-batches and ranks."""
+    zeros = nll.new_zeros(n_groups)
+    return zeros.index_add(0, group, nll), zeros.index_add(0, group, torch.ones_like(nll))
 
 
 def group_weights(group_loss, count, tau, prior="uniform"):
-    """The q that maximises sum_g q_g L_g - tau KL(q || prior): q_g ~ prior_g exp(L_g / tau).
+    """q (K,) that maximises sum_g q_g L_g - tau KL(q || prior): q_g ~ prior_g exp(L_g / tau).
 
-    Args:
-        group_loss: mean NLL by group. Shape: (K,)
-        count: tokens by group; a group with 0 takes no part. Shape: (K,)
-        tau: temperature in nats, > 0. Small: all weight on the worst group; inf: q = prior.
-        prior: 'uniform' or 'share', see group_prior.
-    Returns:
-        q, detached; sums to 1. Shape: (K,)
+    group_loss, count: mean NLL in nats and number of tokens of each group; an absent group takes
+    no part. Shapes: (K,). tau > 0: small, and the worst group takes all; inf, and q is the prior.
+    prior: "uniform" over the groups present, or "share" of the tokens (with tau = inf this is SFT).
     """
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, not {tau}")
-    L, p = group_loss.detach(), group_prior(count.to(group_loss.dtype), prior)
-    gap = torch.where(
-        p > 0, L - L[p > 0].max(), 0
-    )  # from the worst group: L / tau would round at small tau
-    return torch.softmax(p.log() + gap / tau, dim=0)  # q_g ~ prior_g exp(L_g / tau)
+    anchor = count if prior == "share" else count > 0
+    gap = group_loss.detach() - group_loss.detach().max()  # L / tau itself would round at small tau
+    return torch.softmax(anchor.to(gap.dtype).log() + gap / tau, dim=0)  # (K,)
 
 
 def gdrt_loss(nll, group, n_groups, tau, prior="uniform"):
-    """The GDRT objective: max_q sum_g q_g L_g - tau KL(q || prior) = tau log sum_g prior_g exp(L_g / tau).
+    """(loss, q, group_loss) of nll (N,), the NLL of each target token, and group (N,), its group.
 
-    L_g is the mean over the tokens of group g in the GLOBAL batch. With micro-batches or ranks, sum NLL and count by
-    group over all of them, get q from group_weights, and weigh each token's NLL by q_g / n_g: the same gradient.
-    Batch size is part of the method: log-mean-exp of noisy means is biased upward, more so at small tau.
-    Reconstructed from the abstract and summaries of arXiv 2510.10978; the closed form's details are our choice.
-
-    Args:
-        nll: NLL of each target token in nats. Shape: (N,)
-        group: group of each target token, int64. Shape: (N,)
-        n_groups, tau, prior: see group_means and group_weights; tau = inf with 'share' is the plain mean: SFT.
-    Returns:
-        (loss, q, group_loss): scalar with gradient sum_i q_g(i) / n_g(i) d nll_i; weights, detached; mean NLL by
-        group, detached, 0 where absent. Shapes: (), (K,), (K,)
+    The loss is sum_g q_g L_g; its gradient is that of tau log sum_g prior_g exp(L_g / tau). L_g is
+    the mean over the GLOBAL batch: with micro-batches or ranks, add up group_sums, then weigh each
+    token by q_g / n_g. Batch size is part of the method: noisy means bias q to whatever is high.
     """
-    group_loss, count = group_means(nll, group, n_groups)
-    q = group_weights(group_loss, count, tau, prior)
-    L, p = group_loss[count > 0], group_prior(count, prior)[count > 0]
-    L_max = L.detach().max()
-    gap = (L - L_max) / tau
-    if tau == float("inf"):
-        loss = (p * L).sum()
-    elif gap.min() > -1:  # tau log sum_g p_g exp(L_g / tau); expm1 keeps its digits at large tau
-        loss = L_max + tau * torch.log1p((p * torch.expm1(gap)).sum())
-    else:  # the same; log-sum-exp keeps them where a rare group is far above the rest
-        loss = L_max + tau * torch.logsumexp(p.log() + gap, dim=0)
-    return loss, q, group_loss.detach()
+    nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # bf16 would stop counting at 256
+    total, count = group_sums(nll, group, n_groups)  # (K,), (K,)
+    group_loss = total / count.clamp(min=1)  # (K,)
+    q = group_weights(group_loss, count, tau, prior)  # (K,)
+    return (q * group_loss).sum(), q, group_loss.detach()
 
 
-def group_dro_step(log_q, group_loss, count, eta):
-    """One step of online group DRO (Sagawa et al. 2020, arXiv 1911.08731): q_g ~ q_g exp(eta L_g), in log space.
+# ---------------------------------------------------------------- every objective is a rule for q
 
-    Args:
-        log_q: log of the weights so far. Shape: (K,)
-        group_loss: mean NLL by group. Shape: (K,)
-        count: tokens by group; a group with 0 keeps its log_q before normalising. Shape: (K,)
-        eta: step size per nat, > 0.
-    Returns:
-        log_q after the step, detached; exp sums to 1. Shape: (K,)
+
+def sft_rule(group_loss, count, state):
+    """Plain fine-tuning: q is each group's share of the tokens, so that every token weighs 1/N."""
+    return count / count.sum(), state
+
+
+def gdrt_rule(tau, prior):
+    """GDRT: q in closed form from this batch's group means."""
+
+    def rule(group_loss, count, state):
+        return group_weights(group_loss, count, tau, prior), state
+
+    return rule
+
+
+def group_dro_rule(eta):
+    """Online group DRO (Sagawa et al. 2020, arXiv 1911.08731): each step, q_g ~ q_g exp(eta L_g).
+
+    The state is log q (K,). An absent group has L_g = 0 here: it keeps its log q until normalised.
     """
-    if not 0 < eta < float("inf"):
-        raise ValueError(f"eta must be positive and finite, not {eta}")
-    step = torch.where(count > 0, eta * group_loss.detach(), 0)
-    return torch.log_softmax(log_q.detach() + step, dim=0)  # q_g ~ q_g exp(eta L_g)
+
+    def rule(group_loss, count, state):
+        log_q = torch.log_softmax(state + eta * group_loss, dim=0)  # (K,)
+        return log_q.exp(), log_q
+
+    return rule
 
 
-def group_dro_loss(nll, group, log_q, eta):
-    """Online group DRO: q moves by the batch's group losses, then weighs them; an absent group's share is not given away.
+# ---------------------------------------------------------------- the step and the loop
 
-    Args:
-        nll: NLL of each target token in nats, of the GLOBAL batch. Shape: (N,)
-        group: group of each target token, int64. Shape: (N,)
-        log_q: log of the weights so far, zeros at the start; pass on what comes back, and save it. Shape: (K,)
-        eta: step size per nat, > 0.
-    Returns:
-        (loss, log_q, group_loss): scalar sum_g q_g L_g; moved weights, detached; mean NLL by group, detached, 0 where
-        absent. Shapes: (), (K,), (K,)
+
+def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
+    """One update on the global batch `trees` -> (the rule's next state, a line for metrics.jsonl).
+
+    group_of: (items, L) int64, the group of each title's tokens. rule: see above.
     """
-    group_loss, count = group_means(nll, group, len(log_q))
-    log_q = group_dro_step(log_q, group_loss, count, eta)
-    return (log_q.exp() * group_loss).sum(), log_q, group_loss.detach()
+    batches = micro_batches(trees, cfg)
+    groups = [group_of[batch.item, batch.place] for batch in batches]  # (N,) each
+
+    # 1. The mean NLL of every group over the global batch: all micro-batches of all ranks.
+    # A single micro-batch needs one forward pass for this and for the gradient.
+    single = len(batches) == 1
+    with contextlib.nullcontext() if single else replayed_without_gradient(cfg):
+        nlls = [token_nll(model, batch, prompts, cfg) for batch in batches]  # (N,) each
+    total, count = global_group_sums(nlls, groups, len(state), cfg)  # (K,), (K,)
+    group_loss = (total / count.clamp(min=1)).float()  # (K,)
+
+    # 2. The weight of every group, and of each of its tokens: w_i = q_g / n_g.
+    q, state = rule(group_loss, count.float(), state)
+    weight = q / count.float().clamp(min=1)  # (K,)
+
+    # 3. The gradient of sum_i w_i NLL_i.
+    for batch, group, nll in zip(batches, groups, nlls):
+        if not single:
+            nll = token_nll(model, batch, prompts, cfg)  # (N,)
+        (weight[group] * nll).sum().backward()
+    add_up_gradients(model, cfg)
+
+    # 4. The step.
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return state, {
+        "loss": (q * group_loss).sum().item(),
+        "nll": (total.sum() / count.sum()).item(),
+        "group_nll": group_loss.tolist(),
+        "q": q.tolist(),
+        "n": count.long().tolist(),
+        "grad_norm": norm.item(),
+    }
 
 
-# ------------------------------------------------------------------------------------------------ imports of the rest
+def train(
+    model, prompts, trees, batches, span, group_of, rule, n_groups, cfg, folder=None, begin=None
+):
+    """Do the updates span[0] .. span[1] of a run's `batches` -> seconds they took.
+
+    Logs to folder/metrics.jsonl and goes on from folder/checkpoint.pt where one is, else from the
+    checkpoint `begin`, where an earlier stage ended. A loss that is not finite is an InputError.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=cfg.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # log q, uniform
+    model.train()
+    with Journal(folder, span, model, optimizer, state, begin, cfg) as journal:
+        for step in journal.steps():
+            optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), cfg.lr)
+            batch = [trees[i] for i in batches[step]]
+            journal.state, line = training_step(
+                model, optimizer, batch, prompts, group_of, rule, journal.state, cfg
+            )
+            journal.record(step, line, batch)
+        return journal.seconds()
+
+
+def run(args):
+    """The whole method in ten steps. Those whose files are there already are not done again."""
+    cfg = make_train_config(args)
+    folder = Path(args.out) / args.name
+
+    # 1. Data: windows of a user's history and the title that came next.
+    dataset, config = open_dataset(folder, args, cfg)
+    # 2. A model, its tokeniser, every piece of a prompt in tokens; 3. batches, alike for all losses.
+    setup = prepare(args, dataset, cfg)
+    write_config(folder, config, setup, dataset, cfg)
+    untrained = copy.deepcopy(setup.model.state_dict())
+    # 4. SFT warm-up, shared by all losses: only a model that has seen users can be asked about them.
+    warmup_seconds = warm_up(setup, args.seed, folder / "warmup", cfg)
+    # 5. The relevance of every target token to its auxiliary tokens; 6. groups of like relevance.
+    groups = form_groups(setup, args, cfg, folder / "groups.json")
+    print_groups(groups, setup, args, cfg)
+    # 7. What there is to beat: popularity, and the model before it was fine-tuned.
+    setup.model.load_state_dict(untrained)
+    baselines = evaluate_baselines(setup, dataset, args, cfg, groups, folder)
+    for loss in args.loss:
+        # 8. Every loss goes on from the warm-up, on the same batches in the same order.
+        seconds = train_loss(loss, setup, groups, args, cfg, folder)
+        # 9. Exact ranking of the whole catalogue, likelihood, fairness, where the model looks.
+        result = evaluate_loss(loss, setup, dataset, args, cfg, groups, folder)
+        times = {"warm-up": warmup_seconds, "train": seconds, "relevance": groups["seconds"]}
+        write_metrics(folder / loss, result, baselines, times, cfg)
+    # 10. One table, and how sure it is.
+    print_results(folder, args, cfg)
+
+
+# ---------------------------------------------------------------- below: plumbing
 
 import argparse
-import contextlib
-import copy
 import datetime
+import functools
 import json
 import os
 import pickle
@@ -165,8 +200,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -174,7 +209,14 @@ import tokenizers
 import transformers
 from tqdm.auto import tqdm
 
-from attribution import cut_groups, format_table, name_items, relevance, token_attribution
+from attribution import (
+    cut_groups,
+    diagnose,
+    format_table,
+    name_items,
+    relevance,
+    token_attribution,
+)
 from data import (
     InputError,
     announce,
@@ -200,14 +242,25 @@ from data import (
 from evaluate import (
     audit,
     evaluate_model,
+    interval,
     list_metrics,
+    loss_name,
     popularity_lists,
+    read_lines,
     result_table,
     write_predictions,
     write_report,
 )
 
-# ------------------------------------------------------------------------------------------------ the loop
+FORMAT = 2  # of checkpoint.pt; another number is not read
+BEGAN = time.perf_counter()  # of this process
+BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.99), 0.01, 1.0  # of AdamW, and the largest gradient norm
+# Below this many nats a title, what an attribution says of the user is noise (our choice).
+LITTLE_USER = 0.05
+# Below this share of SFT's loss, hardly a language bias is left to remove (our choice).
+LITTLE_LANGUAGE = 0.1
+# Flags that may be others on --resume: they do not change what is computed.
+MAY_DIFFER = ("out", "name", "cache", "data_dir", "resume", "no_report", "save_every")
 
 
 class TrainConfig(NamedTuple):
@@ -224,18 +277,104 @@ class TrainConfig(NamedTuple):
     save_every: int = 100  # updates between checkpoints
 
 
-def make_batches(trees, batch, epochs, seed):
-    """The batches of a whole run: [[tree index, ...], ...], one list an update, each of about `batch` windows.
+# ---------------------------------------------------------------- parts of the step
 
-    Every epoch visits every tree once. Neighbours of 20 batches are sorted by length, so that a batch wastes little
-    padding; the batches themselves come in random order. Known in advance, it makes every loss see the same batches
-    and lets a resumed run go on at any update.
+
+def micro_batches(trees, cfg):
+    """This rank's share of the global batch in at most cfg.accumulate Batches; maybe none."""
+    mine = trees[cfg.rank :: cfg.world]
+    size = math.ceil(len(mine) / cfg.accumulate) or 1
+    return [collate(mine[i : i + size], cfg.device) for i in range(0, len(mine), size)]
+
+
+@contextlib.contextmanager
+def replayed_without_gradient(cfg):
+    """Inside, no gradient; afterwards the random state is as before, so dropout repeats itself."""
+    devices = range(torch.cuda.device_count()) if cfg.device == "cuda" else ()
+    with torch.random.fork_rng(devices), torch.no_grad():
+        yield
+
+
+def token_nll(model, batch, prompts, cfg):
+    """NLL (N,) in nats of the batch's target tokens, with gradient.
+
+    cfg.softmax "full": over the vocabulary. "trie": over the legal continuations alone, logits
+    divided by cfg.temperature (Masked Softmax Loss, MSL, arXiv 2504.04178).
     """
-    random, updates = np.random.default_rng(seed), []
+    N = len(batch.label)
+    batch = pad_targets(batch)
+    kind = torch.device(cfg.device).type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+        logits = target_logits(model, batch)
+    logits = logits.float()  # (N + padding, V)
+    if cfg.softmax == "full":
+        nll = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
+    else:
+        owner, token, chosen = legal_tokens(batch, prompts.trie)
+        nll = -log_softmax_over(logits / cfg.temperature, owner, token)[chosen]
+    return nll[:N]
+
+
+def pad_targets(batch, multiple=64):
+    """The batch with a round number of targets: oneDNN compiles kernels for each new number."""
+    spare = -len(batch.label) % multiple
+    padded = {}
+    for name in ("row", "predict_at", "label", "item", "place"):
+        padded[name] = torch.nn.functional.pad(getattr(batch, name), (0, spare))
+    return batch._replace(**padded)
+
+
+def global_group_sums(nlls, groups, n_groups, cfg):
+    """(summed NLL, tokens) of each group over all micro-batches and ranks. Shapes: (K,), (K,)"""
+    wide = torch.float32 if cfg.device == "mps" else torch.float64  # Apple's GPUs have no float64
+    sums = torch.zeros(2, n_groups, dtype=wide, device=cfg.device)
+    for nll, group in zip(nlls, groups):
+        sums += torch.stack(group_sums(nll.detach().to(wide), group, n_groups))
+    all_reduce(sums, cfg)
+    return sums
+
+
+def add_up_gradients(model, cfg):
+    """The loss is a sum over ranks, and so is its gradient: one message for all parameters."""
+    if cfg.world == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    all_reduce(flat, cfg)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = part.view_as(p)
+
+
+def all_reduce(tensor, cfg):
+    if cfg.world > 1:
+        torch.distributed.all_reduce(tensor)
+
+
+def barrier(cfg):
+    if cfg.world > 1:
+        torch.distributed.barrier()
+
+
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first twentieth of `steps`, then linear decay to 0."""
+    return peak * min((step + 1) / max(1, steps // 20), (steps - step) / steps)
+
+
+def make_batches(trees, batch, epochs, seed):
+    """The batches of a whole run: lists of tree indices, each of about `batch` windows, one an update.
+
+    Every epoch visits every tree once. Neighbours of 20 batches are sorted by length, so that a
+    batch wastes little padding; the batches themselves come in random order. Known in advance, it
+    makes every loss see the same batches and lets a resumed run go on at any update.
+    """
+    random = np.random.default_rng(seed)
+    batches = []
     windows = [len(set(tree.window)) for tree in trees]
     for _ in range(epochs):
-        order, epoch = random.permutation(len(trees)).tolist(), []
+        order = random.permutation(len(trees)).tolist()
         chunk = max(1, 20 * batch * len(trees) // sum(windows))
+        epoch = []
         for start in range(0, len(order), chunk):
             size = batch  # so that each chunk starts a new batch
             for i in sorted(order[start : start + chunk], key=lambda i: len(trees[i].ids)):
@@ -244,154 +383,101 @@ def make_batches(trees, batch, epochs, seed):
                     size = 0
                 epoch[-1].append(i)
                 size += windows[i]
-        updates += [epoch[i] for i in random.permutation(len(epoch))]
-    return updates
+        batches += [epoch[i] for i in random.permutation(len(epoch))]
+    return batches
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first twentieth of `steps`, then linear decay to 0."""
-    return peak * min((step + 1) / max(1, steps // 20), (steps - step) / steps)
+# ---------------------------------------------------------------- what a stage of training leaves
 
 
-def token_nll(model, batch, prompts, job):
-    """NLL (N,) in nats of the batch's target tokens, with gradient; over the vocabulary or the legal continuations."""
-    N, spare = (
-        len(batch.label),
-        -len(batch.label) % 64,
-    )  # a round number of logits: oneDNN compiles kernels for each new one
-    batch = batch._replace(
-        **{
-            name: torch.nn.functional.pad(getattr(batch, name), (0, spare))
-            for name in ("row", "predict_at", "label", "item", "place")
-        }
-    )
-    with torch.autocast(
-        torch.device(job.device).type, dtype=torch.bfloat16, enabled=job.precision == "bf16"
-    ):
-        logits = target_logits(model, batch)
-    logits = logits.float()  # (N + spare, V)
-    if job.softmax == "full":
-        return torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")[:N]
-    owner, token, chosen = legal_tokens(
-        batch, prompts.trie
-    )  # Masked Softmax Loss (MSL, arXiv 2504.04178): log-softmax of
-    return -log_softmax_over(logits / job.temperature, owner, token)[
-        chosen[:N]
-    ]  # z / temperature over legal tokens alone
+class Journal:
+    """A stage's metrics.jsonl and checkpoint.pt: it goes on where they end, whatever ended it.
 
-
-def sft(nll, group, mean, count, log_q):
-    """Plain fine-tuning as an objective: the mean over the tokens of the global batch, q = their shares."""
-    return nll / count.sum(), count / count.sum(), log_q
-
-
-def gdrt(tau, prior):
-    """GDRT as an objective: q from the group means of the global batch, in closed form; w_i = q_g / n_g."""
-
-    def objective(nll, group, mean, count, log_q):
-        q = group_weights(mean, count, tau, prior)
-        return (q / count.clamp(min=1))[group] * nll, q, log_q
-
-    return objective
-
-
-def group_dro(eta):
-    """Online group DRO (Sagawa et al. 2020) as an objective: q moves by one step of size eta, then weighs."""
-
-    def objective(nll, group, mean, count, log_q):
-        log_q = group_dro_step(log_q, mean, count, eta)
-        return (log_q.exp() / count.clamp(min=1))[group] * nll, log_q.exp(), log_q
-
-    return objective
-
-
-def training_attention(model, job):
-    """Name of the fastest attention with a backward: a CPU's fused kernel has a slow one."""
-    return "eager" if job.device == "cpu" else model.config._attn_implementation
-
-
-def training_step(model, optimizer, trees, prompts, group, objective, log_q, job):
-    """One optimizer step on the global batch `trees` -> (log_q, diagnostics).
-
-    objective(nll (N,), group (N,), mean (K,), count (K,), log_q (K,)) -> (terms (N,), q (K,), log_q): mean and count are of
-    the GLOBAL batch, and the loss is the sum of the terms over it. With micro-batches a first pass without gradient
-    finds the means, replaying the dropout of the second.
+    state is the rule's. Inside the `with`, the model runs the fastest attention with a backward,
+    and Ctrl-C waits for the end of an update, so that none is left half done.
     """
-    mine = trees[job.rank :: job.world]
-    size = -(-len(mine) // job.accumulate) or 1
-    batches = [collate(mine[i : i + size], job.device) for i in range(0, len(mine), size)]
-    groups = [group[batch.item, batch.place] for batch in batches]  # (N,) each
-    K, wide = (
-        len(log_q),
-        torch.float32 if job.device == "mps" else torch.float64,
-    )  # Apple's GPUs have no float64
 
-    def sums(nll, group):  # (2, K): summed NLL and number of tokens by group
-        pair = torch.stack([nll.detach(), torch.ones_like(nll)]).to(wide)
-        return torch.zeros(2, K, dtype=wide, device=nll.device).index_add_(1, group, pair)
+    def __init__(self, folder, span, model, optimizer, state, begin, cfg):
+        self.folder, self.model, self.optimizer, self.cfg = folder, model, optimizer, cfg
+        self.state = state
+        self.start, self.stop = span
+        self.lines = []
+        self.writes = folder is not None and cfg.rank == 0
+        self.checkpoint = folder and folder / "checkpoint.pt"
+        if folder and self.checkpoint.exists():
+            self.state, self.start = load_checkpoint(self.checkpoint, model, optimizer)
+            lines = map(json.loads, complete_lines(folder / "metrics.jsonl"))
+            self.lines = [line for line in lines if line["step"] < self.start]
+        elif begin:
+            _, self.start = load_checkpoint(begin, model, optimizer)
+        if self.writes:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_atomic(folder / "metrics.jsonl", text)
 
-    kept, total = None, torch.zeros(2, K, dtype=wide, device=job.device)
-    if len(batches) == 1:
-        kept = token_nll(model, batches[0], prompts, job)
-        total += sums(kept, groups[0])
-    else:
-        with (
-            torch.random.fork_rng(range(torch.cuda.device_count()) if job.device == "cuda" else ()),
-            torch.no_grad(),
-        ):
-            for batch, g in zip(batches, groups):
-                total += sums(token_nll(model, batch, prompts, job), g)
-    all_reduce(total, job)
-    count = total[1].float()
-    mean = (total[0] / total[1].clamp(min=1)).float()
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(attention(self.model, training_attention(self.model, self.cfg)))
+            self.pressed = stack.enter_context(ctrl_c())
+            path = self.folder / "metrics.jsonl" if self.writes else os.devnull
+            self.file = stack.enter_context(open(path, "a", encoding="utf-8"))
+            self.stack = stack.pop_all()
+        return self
 
-    none = mean.new_zeros(0)
-    _, q, moved = objective(
-        none, none.long(), mean, count, log_q
-    )  # also where this rank got no tree
-    loss = torch.zeros(1, dtype=wide, device=job.device)
-    for batch, g in zip(batches, groups):
-        nll = token_nll(model, batch, prompts, job) if kept is None else kept
-        terms = objective(nll, g, mean, count, log_q)[0]
-        terms.sum().backward()
-        loss += terms.detach().to(wide).sum()
-    all_reduce(loss, job)
-    if (
-        job.world > 1
-    ):  # the loss is a sum over ranks, so is its gradient: one message for all parameters
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        )
-        all_reduce(flat, job)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    line = {
-        "loss": loss.item(),
-        "nll": (total[0].sum() / total[1].sum()).item(),
-        "group_nll": mean.tolist(),
-        "q": q.tolist(),
-        "n": [int(n) for n in count],
-        "grad_norm": norm.item(),
-    }
-    return moved, line
+    def __exit__(self, *error):
+        return self.stack.__exit__(*error)
 
+    def steps(self):
+        """The numbers of the updates that are left, with a progress bar."""
+        quiet = None if self.cfg.rank == 0 else True  # None: quiet where stderr is no terminal
+        name = self.folder.name if self.folder else "training"
+        self.progress = tqdm(range(self.start, self.stop), desc=name, disable=quiet)
+        for step in self.progress:
+            self.began = time.perf_counter()
+            yield step
 
-def all_reduce(tensor, job):
-    if job.world > 1:
-        torch.distributed.all_reduce(tensor)
+    def record(self, step, line, trees):
+        """Log an update and, now and then, save the checkpoint; end the run after Ctrl-C."""
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            raise InputError(
+                f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g}; "
+                "the last checkpoint is kept; lower --lr and choose another --name"
+            )
+        seconds = time.perf_counter() - self.began
+        speed = sum(len(set(tree.window)) for tree in trees) / seconds
+        rate = self.optimizer.param_groups[0]["lr"]
+        timed = {"lr": rate, "seconds": seconds, "windows_per_s": speed}
+        self.lines.append({"step": step, **line, **timed})
+        self.file.write(json.dumps(self.lines[-1]) + "\n")
+        self.file.flush()
+        self.progress.set_postfix(nll=f"{line['nll']:.3f}", windows_s=f"{speed:.0f}")
+
+        # A signal reaches the ranks at different updates, or one of them only.
+        ended = torch.tensor(float(len(self.pressed)), device=self.cfg.device)
+        all_reduce(ended, self.cfg)
+        due = ended > 0 or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.stop
+        if self.writes and due:
+            os.fsync(self.file.fileno())  # no line that the checkpoint counts on may be missing
+            save_checkpoint(self.checkpoint, self.model, self.optimizer, self.state, step + 1)
+        if ended > 0:
+            raise KeyboardInterrupt
+
+    def seconds(self):
+        """Seconds of all updates of the stage, those of an interrupted run included."""
+        return sum(line["seconds"] for line in self.lines)
 
 
-def save_checkpoint(path, model, optimizer, log_q, step):
+def training_attention(model, cfg):
+    """Name of the fastest attention with a backward: a CPU's fused kernel has a slow one."""
+    return "eager" if cfg.device == "cpu" else model.config._attn_implementation
+
+
+def save_checkpoint(path, model, optimizer, state, step):
     """All that the next update depends on, as tensors and ints: loads with weights_only=True."""
-    state = {
+    kept = {
         "format": FORMAT,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "log_q": log_q,
+        "state": state,
         "step": step,
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -399,7 +485,7 @@ def save_checkpoint(path, model, optimizer, log_q, step):
 
     def write(file):
         try:
-            torch.save(state, file)
+            torch.save(kept, file)
         except RuntimeError as error:  # what torch makes of a full disk
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
@@ -407,36 +493,34 @@ def save_checkpoint(path, model, optimizer, log_q, step):
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restore what save_checkpoint wrote -> (log_q, step). A file of another version or damaged is an InputError."""
+    """Restore what save_checkpoint wrote -> (state, step). A damaged file is an InputError."""
+    broken = RuntimeError, KeyError, ValueError, TypeError, EOFError, pickle.UnpicklingError
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept["format"] != FORMAT:
             raise InputError(
-                f"{path}: checkpoint format {state['format']} where {FORMAT} belongs; start a new run with --name"
+                f"{path}: checkpoint format {kept['format']} where {FORMAT} belongs; "
+                "start a new run with --name"
             )
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        return state["log_q"].to(next(model.parameters()).device), state["step"]
-    except (
-        RuntimeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        torch.set_rng_state(kept["rng"])
+        if kept["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(kept["cuda_rng"])
+        return kept["state"].to(next(model.parameters()).device), kept["step"]
+    except broken as error:
+        reason = normalize_text(str(error))[:200]
         raise InputError(
-            f"{path}: not a checkpoint of this run ({normalize_text(str(error))[:200]}); delete it, and --resume repeats that part"
+            f"{path}: not a checkpoint of this run ({reason}); delete it, "
+            "and --resume repeats that part"
         ) from None
 
 
 @contextlib.contextmanager
 def ctrl_c():
-    """Yields a list that Ctrl-C adds to, so that an update is never left half done. torchrun passes it on as SIGTERM."""
-    pressed, signals = [], (signal.SIGINT, signal.SIGTERM)
+    """Yields a list that Ctrl-C adds to. torchrun passes Ctrl-C on as SIGTERM."""
+    pressed = []
+    signals = signal.SIGINT, signal.SIGTERM
     before = [signal.signal(number, lambda *_: pressed.append(True)) for number in signals]
     try:
         yield pressed
@@ -445,462 +529,454 @@ def ctrl_c():
             signal.signal(number, handler)
 
 
-def train(
-    model, prompts, trees, updates, span, group, objective, n_groups, job, folder=None, begin=None
-):
-    """Do updates[span[0]:span[1]] of a plan -> seconds they took, those of an interrupted run included.
-
-    Writes a line an update to folder/metrics.jsonl and keeps folder/checkpoint.pt, from which it goes on if it is there;
-    else from the checkpoint `begin`, where an earlier stage ended. group: (items, L) long, the groups of target tokens.
-    A loss that is not finite is an InputError; the last good checkpoint stays.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=job.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    log_q, step = torch.full((n_groups,), -math.log(n_groups), device=job.device), span[0]
-    checkpoint, log, lines = (
-        (folder and folder / "checkpoint.pt"),
-        (folder and folder / "metrics.jsonl"),
-        [],
-    )
-    if folder and checkpoint.exists():
-        log_q, step = load_checkpoint(checkpoint, model, optimizer)
-        lines = [line for line in map(json.loads, complete_lines(log)) if line["step"] < step]
-    elif begin:
-        _, step = load_checkpoint(begin, model, optimizer)
-    writes = folder and job.rank == 0
-    if writes:
-        write_atomic(log, "".join(json.dumps(line) + "\n" for line in lines))
-    model.train()
-    progress = tqdm(
-        range(step, span[1]),
-        desc=folder.name if folder else "language",
-        disable=None if job.rank == 0 else True,
-    )
-    with (
-        attention(model, training_attention(model, job)),
-        ctrl_c() as pressed,
-        open(log if writes else os.devnull, "a", encoding="utf-8") as file,
-    ):
-        for step in progress:
-            start = time.perf_counter()
-            optimizer.param_groups[0]["lr"] = rate = learning_rate(step, len(updates), job.lr)
-            batch = [trees[i] for i in updates[step]]
-            log_q, line = training_step(
-                model, optimizer, batch, prompts, group, objective, log_q, job
-            )
-            if not math.isfinite(line["loss"] + line["grad_norm"]):
-                raise InputError(
-                    f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g} on the batch of trees "
-                    f"{', '.join(map(str, updates[step][:4]))}...; the last checkpoint is kept; lower --lr and choose another --name"
-                )
-            seconds, windows = (
-                time.perf_counter() - start,
-                sum(len(set(tree.window)) for tree in batch),
-            )
-            lines.append(
-                {
-                    "step": step,
-                    **line,
-                    "lr": rate,
-                    "seconds": seconds,
-                    "windows_per_s": windows / seconds,
-                }
-            )
-            progress.set_postfix(nll=f"{line['nll']:.3f}", windows_s=f"{windows / seconds:.0f}")
-            file.write(json.dumps(lines[-1]) + "\n")
-            file.flush()
-            stop = torch.tensor(float(len(pressed)), device=job.device)
-            all_reduce(
-                stop, job
-            )  # a signal reaches the ranks at different updates, or one of them only
-            if writes and (stop > 0 or (step + 1) % job.save_every == 0 or step + 1 == span[1]):
-                os.fsync(
-                    file.fileno()
-                )  # the log before the checkpoint: no line that it counts on can be missing
-                save_checkpoint(checkpoint, model, optimizer, log_q, step + 1)
-            if stop > 0:
-                raise KeyboardInterrupt
-    return sum(line["seconds"] for line in lines)
-
-
 def complete_lines(path):
     """The lines of a file that end in a newline: what a killed run had written whole."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
-# ------------------------------------------------------------------------------------------------ the stages of a run
+# ---------------------------------------------------------------- the ten steps of a run
 
 
-def form_groups(model, prompts, windows, args, job, path):
-    """Group table (items, L) long of the target tokens; measured once a run and kept in groups.json."""
-    if not path.exists() and job.rank == 0:
-        start = time.perf_counter()
-        r = relevance(model, prompts, windows, args.relevance, seed=args.seed, device=job.device)
-        group, cuts, shares = cut_groups(r, windows, args.groups)
-        write_atomic(
-            path,
-            json.dumps(
-                {
-                    "relevance": args.relevance,
-                    "cuts": cuts,
-                    "shares": shares,
-                    "seconds": time.perf_counter() - start,
-                    "r": [
-                        [None if math.isnan(x) else round(x, 6) for x in row] for row in r.tolist()
-                    ],
-                    "group": group.tolist(),
-                }
-            ),
-        )
-    barrier(job)
-    return read_json(path)
+def open_dataset(folder, args, cfg):
+    """(Dataset, what config.json is to hold), once it is clear that this run may be made here.
 
-
-def group_examples(groups, prompts, tokenizer, seed, per_window=8):
-    """Rows (group, share, relevance from, some of its tokens with their relevance) for the terminal: what groups mean."""
-    table, random, rows = np.array(groups["group"]), np.random.default_rng(seed), []
-    for g, (cut, share) in enumerate(zip(groups["cuts"], groups["shares"])):
-        places = random.permutation(np.argwhere(table == g))[:per_window].tolist()
-        tokens = [(prompts.titles[item] + [prompts.eos])[step] for item, step in places]
-        text = "  ".join(
-            f"{tokenizer.decode([t]).strip() or '␣'} {groups['r'][i][j]:.2f}"
-            for t, (i, j) in zip(tokens, places)
-        )
-        rows.append((str(g), f"{share:.2f}", f"{cut:.3f}", text))
-    return rows
-
-
-def draw_windows(windows, limit, seed):
-    """--windows: a seeded draw of whole trees (a user's ten neighbouring targets) until `limit` windows are there."""
-    if limit is None or limit >= len(windows):
-        return windows
-    groups, chosen = by_shared_prefix(windows), []
-    for g in np.random.default_rng(seed).permutation(len(groups)):
-        chosen += groups[g][: limit - len(chosen)]
-    return [windows[i] for i in sorted(chosen)]
+    Rank 0 goes first: the others find in the cache what it fetched.
+    """
+    if cfg.rank > 0:
+        barrier(cfg)
+    dataset = load_dataset(
+        args.dataset, args.data_dir, args.cache, args.split, args.history, args.min_rating
+    )
+    config = open_run(folder, args, dataset) if cfg.rank == 0 else None
+    if cfg.rank == 0:
+        print_stats(dataset)
+        barrier(cfg)
+    return dataset, config
 
 
 def open_run(folder, args, dataset):
-    """What config.json is to hold -> dict, once it is clear that the run is new or, on --resume, the same as before."""
-    arguments = {name: value for name, value in vars(args).items() if name not in NOT_THE_RUN}
-    config, path = (
-        {"arguments": arguments, "data": dataset.digest, "facts": dataset.stats, **environment()},
-        folder / "config.json",
-    )
+    """What config.json is to hold, for a run that is new or, on --resume, the same as before."""
+    arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    path = folder / "config.json"
     if not path.exists():
         if args.resume:
             raise InputError(
-                f"--resume: there is no run in {folder}; leave the flag out, or name the run by --out and --name"
+                f"--resume: there is no run in {folder}; leave the flag out, "
+                "or name the run by --out and --name"
             )
-        return config
+        data = {"data": dataset.digest, "facts": dataset.stats}
+        return {"arguments": arguments, **data, **environment()}
     if not args.resume:
         raise InputError(
             f"{folder} holds a run: add --resume to go on with it, or choose another --name"
         )
     before = read_json(path)
     for name, value in arguments.items():
-        if value != (old := before["arguments"].get(name)):
+        old = before["arguments"].get(name)
+        if value != old:
             raise InputError(
-                f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; give what it was, or another --name"
+                f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
+                "give what it was, or another --name"
             )
     if dataset.digest != before["data"]:
         raise InputError(
-            f"--resume: the data of --dataset {args.dataset} has changed since {path}; bring it back, or choose another --name"
+            f"--resume: the data of --dataset {args.dataset} has changed since {path}; "
+            "bring it back, or choose another --name"
         )
     for left in folder.rglob(".*.[0-9]*"):  # half-written by the process that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return before
 
 
-def evaluate_and_audit(model, tokenizer, prompts, dataset, args, job, groups, folder):
+class Setup(NamedTuple):
+    """What all losses of a run share: the model that each starts from, and the batches it sees."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    prompts: object  # data.Prompts
+    windows: list  # the training windows
+    trees: list
+    batches: list  # lists of tree indices, one an update
+    warmup: int  # updates of the shared warm-up
+
+
+def prepare(args, dataset, cfg):
+    """Setup of a run: model, prompts and batches, before anything is trained or written."""
+    model, tokenizer = start_model(args.model, dataset, args.cache)
+    model.to(cfg.device)
+    prompts = make_prompts(dataset, tokenizer, positions(model))
+    windows = draw_windows(dataset.train, args.windows, args.seed)
+    # The batches are of whole trees, whether these run packed or not: the same windows an update.
+    trees = build_trees(prompts, windows)
+    batches = make_batches(trees, args.batch, args.epochs, args.seed)
+    prompts = fall_back_to_unpacked(model, prompts, windows, cfg.device)
+    if args.no_pack or not prompts.packed:
+        members = [np.unique(tree.window).tolist() for tree in trees]
+        batches = [sum((members[i] for i in batch), []) for batch in batches]
+        trees = build_trees(prompts, windows, pack=False)
+    warmup = max(1, round(args.warmup * len(batches)))
+    if warmup >= len(batches):
+        raise InputError(
+            f"{len(batches)} updates, all of them warm-up, leave the losses none; "
+            "raise --epochs or --windows, or lower --batch"
+        )
+    targets = {w.items[w.stop] for w in windows}
+    tokens = sum(len(prompts.titles[i]) + 1 for i in targets)
+    if args.groups > tokens:
+        raise InputError(
+            f"--groups {args.groups}: the titles to predict have {tokens} tokens; use fewer groups"
+        )
+    return Setup(model, tokenizer, prompts, windows, trees, batches, warmup)
+
+
+def draw_windows(windows, limit, seed):
+    """--windows: a seeded draw of whole trees (a user's neighbouring targets), `limit` windows."""
+    if limit is None or limit >= len(windows):
+        return windows
+    groups = by_shared_prefix(windows)
+    chosen = []
+    for g in np.random.default_rng(seed).permutation(len(groups)):
+        chosen += groups[g][: limit - len(chosen)]
+    return [windows[i] for i in sorted(chosen)]
+
+
+def write_config(folder, config, setup, dataset, cfg):
+    """config.json, the first file of a run: a start that failed leaves no run behind."""
+    if cfg.rank > 0:
+        return
+    prompts = setup.prompts
+    held_out = build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
+    left = [tree.dropped for tree in setup.trees + held_out if tree.dropped]
+    if left:
+        announce(
+            f"{sum(left)} titles of {len(left)} histories are left out, the oldest: "
+            f"the model has {prompts.max_positions} positions"
+        )
+    write_atomic(folder / "config.json", json.dumps(config, indent=1))
+
+
+def warm_up(setup, seed, folder, cfg):
+    """Plain fine-tuning for the first updates -> seconds it took."""
+    torch.manual_seed(seed)
+    shape = setup.prompts.trie.path.shape
+    one_group = torch.zeros(shape, dtype=torch.long, device=cfg.device)  # (items, L + 1)
+    return train(
+        setup.model,
+        setup.prompts,
+        setup.trees,
+        setup.batches,
+        (0, setup.warmup),
+        one_group,
+        sft_rule,
+        1,
+        cfg,
+        folder,
+    )
+
+
+def form_groups(setup, args, cfg, path):
+    """What groups.json holds: the relevance and the group of every target token; measured once."""
+    if not path.exists() and cfg.rank == 0:
+        start = time.perf_counter()
+        model, prompts, windows = setup.model, setup.prompts, setup.windows
+        found = diagnose(model, prompts, windows, args.seed, cfg.device)
+        r = relevance(model, prompts, windows, args.relevance, seed=args.seed, device=cfg.device)
+        group, cuts, shares = cut_groups(r, windows, args.groups)
+        rounded = [[None if math.isnan(x) else round(x, 6) for x in row] for row in r.tolist()]
+        groups = {
+            "relevance": args.relevance,
+            "diagnosis": found,
+            "cuts": cuts,
+            "shares": shares,
+            "seconds": time.perf_counter() - start,
+            "r": rounded,
+            "group": group.tolist(),
+        }
+        write_atomic(path, json.dumps(groups))
+    barrier(cfg)
+    return read_json(path)
+
+
+def print_groups(groups, setup, args, cfg):
+    """What each group holds, and whether this model on this data leaves GDRT anything to do."""
+    if cfg.rank > 0:
+        return
+    header = "group", "share", "r from", "some of its tokens, with their relevance r"
+    print(format_table(header, group_examples(groups, setup.prompts, setup.tokenizer, args.seed)))
+    user = groups["diagnosis"]["user information"]
+    language = groups["diagnosis"]["language share"]
+    print(f"after the warm-up: the history is worth {user:.3f} nats a title (user information);")
+    print(f"tokens with one continuation hold {language:.0%} of SFT's loss (language share)")
+    if user < LITTLE_USER and args.relevance != "probability":
+        print(
+            "The model hardly uses the user yet: the order of the tokens with a choice is noise.\n"
+            "For a steadier one raise --warmup, or take --relevance probability."
+        )
+    if language < LITTLE_LANGUAGE:
+        print("Little of the loss is language: hardly a bias is left for GDRT to remove.")
+
+
+def group_examples(groups, prompts, tokenizer, seed, width=72):
+    """Rows (group, share of tokens, lowest r, some of its tokens with their r) for the terminal."""
+    group_of = np.array(groups["group"])
+    random = np.random.default_rng(seed)
+    rows = []
+    for g, (cut, share) in enumerate(zip(groups["cuts"], groups["shares"])):
+        text = ""
+        for item, place in random.permutation(np.argwhere(group_of == g))[:20].tolist():
+            token = (prompts.titles[item] + [prompts.eos])[place]
+            name = tokenizer.decode([token]).strip() or "␣"
+            example = f"{name} {groups['r'][item][place]:.2f}"
+            if len(text) + len(example) + 2 <= width:
+                text += ("  " if text else "") + example
+        rows.append((str(g), f"{share:.2f}", f"{cut:.3f}", text))
+    return rows
+
+
+def evaluate_baselines(setup, dataset, args, cfg, groups, folder):
+    """{"popularity", "before": metrics}; before: the model as it is now, not yet fine-tuned."""
+    if cfg.rank > 0:
+        return None
+    parts = {"valid": dataset.valid}
+    if not args.no_test:
+        parts["test"] = dataset.test
+    popularity = {}
+    for part, windows in parts.items():
+        items, scores = popularity_lists(dataset, windows, 10, args.keep_seen)
+        popularity[part] = list_metrics(dataset, windows, items, scores)[0]
+    before = evaluate_once(setup, dataset, args, cfg, groups, folder / "before")
+    return {"before": before, "popularity": popularity}
+
+
+def train_loss(loss, setup, groups, args, cfg, folder):
+    """Train `loss` from the end of the warm-up to the end of the run -> seconds it took."""
+    rules = {
+        "sft": sft_rule,
+        "gdrt": gdrt_rule(args.tau, args.prior),
+        "group-dro": group_dro_rule(args.eta),
+    }
+    span = setup.warmup, len(setup.batches)
+    group_of = torch.tensor(groups["group"], device=cfg.device)  # (items, L)
+    return train(
+        setup.model,
+        setup.prompts,
+        setup.trees,
+        setup.batches,
+        span,
+        group_of,
+        rules[loss],
+        args.groups,
+        cfg,
+        folder / loss,
+        folder / "warmup" / "checkpoint.pt",
+    )
+
+
+def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
+    """Save the trained model and evaluate it -> its metrics; the other ranks wait."""
+    result = None
+    if cfg.rank == 0:
+        if not is_complete(folder / loss / "model"):
+            card = model_card(args, loss)
+            save_model(folder / loss / "model", setup.model, setup.tokenizer, card)
+        result = evaluate_once(setup, dataset, args, cfg, groups, folder / loss)
+    barrier(cfg)
+    return result
+
+
+def evaluate_once(setup, dataset, args, cfg, groups, folder):
+    """Metrics of the model as it stands, kept in folder/evaluation.json."""
+    path = folder / "evaluation.json"
+    if not path.exists():
+        result = evaluate_and_audit(setup, dataset, args, cfg, groups, folder)
+        write_atomic(path, json.dumps(result))
+    return read_json(path)
+
+
+def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
     """Rank, measure and audit a model -> dict for metrics.json.
 
-    Writes folder/predictions.jsonl, one line a test window, and for the last loss folder/heatmap.json, one prompt token by token.
+    Writes folder/predictions.jsonl, one line a test window, and for the last loss
+    folder/heatmap.json, one prompt token by token.
     """
     start = time.perf_counter()
-    group, n_groups = (np.array(groups["group"]), args.groups) if groups else (None, 0)
-    options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": job.device}
-    result = {
-        "valid": evaluate_model(model, prompts, dataset, dataset.valid, group, n_groups, **options)[
-            0
-        ]
-    }
+    model, prompts = setup.model, setup.prompts
+    group_of = np.array(groups["group"])
+    options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": cfg.device}
+    measure = functools.partial(
+        evaluate_model, model, prompts, dataset, group=group_of, n_groups=args.groups, **options
+    )
+    result = {}
+    if args.no_test or folder.name != "before":  # nothing is chosen by the untrained model
+        result["valid"] = measure(dataset.valid)[0]
     if not args.no_test:
-        result["test"], per_window, ranking = evaluate_model(
-            model, prompts, dataset, dataset.test, group, n_groups, **options
-        )
+        result["test"], per_window, ranking = measure(dataset.test)
+        ndcg = per_window["NDCG@10"]
         result["audit"] = audit(
-            model,
-            prompts,
-            dataset.test,
-            group,
-            n_groups,
-            per_window["NDCG@10"],
-            seed=args.seed,
-            **options,
+            model, prompts, dataset.test, group_of, args.groups, ndcg, seed=args.seed, **options
         )
         write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, per_window)
-        if folder.name == args.loss[-1]:  # the report shows one heat map
-            record = token_attribution(
-                model, tokenizer, prompts, dataset.test[0], device=job.device
-            )
+        if folder.name == args.loss[-1]:  # the report shows one heat map, of a short history
+            window = min(dataset.test, key=lambda window: window.stop - window.start)
+            record = token_attribution(model, setup.tokenizer, prompts, window, device=cfg.device)
             write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
     return result | {"seconds": time.perf_counter() - start}
 
 
-# ------------------------------------------------------------------------------------------------ around the stages
+def write_metrics(folder, result, baselines, times, cfg):
+    """metrics.json of a loss: all that the table, the report and evaluate.py read."""
+    if cfg.rank > 0:
+        return
+    metrics = {part: result[part] for part in ("valid", "test") if part in result}
+    metrics["baselines"] = baselines
+    metrics["audit"] = {"before": baselines["before"].get("audit"), "after": result.get("audit")}
+    metrics["time"] = times | {"evaluate": result["seconds"]}
+    metrics["config"] = read_json(folder.parent / "config.json")
+    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
 
-FORMAT = 1  # of checkpoint.pt and of the cached tiny model; another number is not read
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.99), 0.01, 1.0
-NOT_THE_RUN = (
-    "out",
-    "name",
-    "cache",
-    "data_dir",
-    "resume",
-    "no_report",
-    "save_every",
-)  # may differ on --resume
+
+def print_results(folder, args, cfg):
+    """The table of the run, what each loss has over SFT, and the report."""
+    if cfg.rank == 0:
+        print(format_table(*result_table(folder, args.loss)))
+        for sentence in paired_differences(folder, args.loss):
+            print(sentence)
+        if not args.no_report:
+            print(f"report: {write_report(folder)}")
+        print(f"{time.perf_counter() - BEGAN:.0f} s in all; files in {folder}")
+    if cfg.world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def paired_differences(folder, losses):
+    """Sentences on what each loss has over SFT on the test windows, with paired 95% intervals.
+
+    From predictions.jsonl; none where SFT or the test windows were left out.
+    """
+    logs = {}
+    for loss in losses:
+        path = folder / loss / "predictions.jsonl"
+        if path.exists():
+            logs[loss] = [line for _, line in read_lines(path)]
+    if "sft" not in logs:
+        return []
+    users = [line["user"] for line in logs["sft"]]
+    measures = {"NDCG@10": listed_ndcg, "title NLL over legal continuations": legal_nll}
+    sentences = []
+    for loss in [loss for loss in logs if loss != "sft"]:
+        sentences.append(f"{loss_name(loss)} less SFT, {len(users)} test windows of this seed:")
+        for name, measure in measures.items():
+            ours, base = measure(logs[loss]), measure(logs["sft"])  # (1, n) each
+            value, low, high = interval(ours, users, against=base)
+            verdict = "no difference seen" if low <= 0 <= high else "a difference"
+            figures = f"{value:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"
+            sentences.append(f"  {name} {figures}: {verdict}")
+    return sentences
+
+
+def listed_ndcg(lines):
+    """NDCG@10 of each line of predictions.jsonl, (1, n)."""
+    gains = []
+    for line in lines:
+        found = line["target"] in line["titles"]
+        gains.append(1 / math.log2(line["titles"].index(line["target"]) + 2) if found else 0.0)
+    return np.array([gains])
+
+
+def legal_nll(lines):
+    """NLL of each line's target over legal continuations, in nats a title, (1, n)."""
+    return np.array([[line["legal NLL"] for line in lines]])
+
+
+# ---------------------------------------------------------------- device, versions, words
 
 
 def make_train_config(args):
-    """Job from the flags and, under torchrun, the process group (gloo on CPU, nccl on GPU)."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    """TrainConfig from the flags and, under torchrun, the process group (gloo or nccl)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = pick_device(args.device)
+    if world > 1 and not torch.distributed.is_initialized():
+        patience = datetime.timedelta(days=7)  # the other ranks wait while rank 0 evaluates
+        backend = "nccl" if device == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=patience)
+    return TrainConfig(
+        lr=args.lr,
+        accumulate=args.accumulate,
+        precision=pick_precision(args.precision, device),
+        softmax=args.train_softmax,
+        temperature=args.temperature,
+        rank=rank,
+        world=world,
+        device=device,
+        save_every=args.save_every,
+    )
+
+
+def pick_device(wanted):
+    """--device -> cpu, cuda or mps; one that PyTorch does not see here is an InputError."""
+    if wanted == "auto":
+        return pick_device("cuda") if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
         if not torch.cuda.is_available():
             raise InputError(
                 "--device cuda: this machine shows no GPU to PyTorch; use --device auto or cpu"
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if device == "mps" and not torch.backends.mps.is_available():
+    if wanted == "mps" and not torch.backends.mps.is_available():
         raise InputError(
             "--device mps: this machine has no Apple GPU for PyTorch; use --device auto or cpu"
         )
-    if world > 1 and not torch.distributed.is_initialized():
-        patience = datetime.timedelta(days=7)  # the other ranks wait while rank 0 evaluates
-        torch.distributed.init_process_group(
-            "nccl" if device == "cuda" else "gloo", timeout=patience
-        )
-    has_bf16 = (
-        torch.cuda.is_bf16_supported()
-        if device == "cuda"
-        else device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    )
-    precision = args.precision if args.precision != "auto" else "bf16" if has_bf16 else "fp32"
-    return TrainConfig(
-        args.lr,
-        args.accumulate,
-        precision,
-        args.train_softmax,
-        args.temperature,
-        rank,
-        world,
-        device,
-        args.save_every,
-    )
+    return wanted
 
 
-def barrier(job):
-    if job.world > 1:
-        torch.distributed.barrier()
+def pick_precision(wanted, device):
+    """--precision -> fp32 or bf16; auto: bf16 where the hardware multiplies it fast."""
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
 def environment():
     """Versions, machine and commit: what a number depends on besides its arguments."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
+        folder = Path(__file__).parent
+        described = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        commit = described.stdout.strip()
     except OSError:
         commit = ""
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "system": platform.platform(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
-        "commit": commit,
+    versions = {"python": platform.python_version()}
+    for module in (torch, transformers, tokenizers, np):
+        versions[module.__name__] = module.__version__
+    machine = {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
+    return {"versions": versions, "machine": machine, "commit": commit}
 
 
 def print_stats(dataset):
-    print(
-        f"{dataset.name}: "
-        + "; ".join(
-            f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}"
-            for name, value in dataset.stats.items()
-        )
-    )
-
-
-def evaluate_popularity(dataset, args):
-    """The popularity baseline's metrics on the parts that are evaluated."""
-    parts = {"valid": dataset.valid} | ({} if args.no_test else {"test": dataset.test})
-    return {
-        part: list_metrics(
-            dataset, windows, *popularity_lists(dataset, windows, 10, args.keep_seen)
-        )[0]
-        for part, windows in parts.items()
-    }
+    """What was merged, dropped, tied and kept, in lines of at most 100 columns."""
+    parts = []
+    for name, value in dataset.stats.items():
+        parts.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}")
+    print(textwrap.fill(f"{dataset.name}: " + "; ".join(parts), 100))
 
 
 def model_card(args, loss):
     return (
-        f"# A recommender fine-tuned with {loss}\n\nMade by `gdrt.py` from `{args.model}` on `{args.dataset}` (seed {args.seed}). It ranks "
-        f"titles as continuations of a prompt with the user's history; see config.json beside this folder for every argument.\n"
+        f"# A recommender fine-tuned with {loss}\n\n"
+        f"Made by `gdrt.py` from `{args.model}` on `{args.dataset}` (seed {args.seed}). It ranks "
+        "titles as continuations of a prompt with the user's history; config.json beside this "
+        "folder holds every argument.\n"
     )
 
 
-def run(args):
-    """All stages of a run, each skipped where its files are there; prints the table."""
-    began, job = time.perf_counter(), make_train_config(args)
-    folder = Path(args.out) / args.name
-    if job.rank > 0:
-        barrier(job)  # rank 0 first: the others find in the cache what it fetched and pre-trained
-    dataset = load_dataset(
-        args.dataset, args.data_dir, args.cache, args.split, args.history, args.min_rating
-    )
-    if job.rank == 0:
-        config = open_run(folder, args, dataset)
-        print_stats(dataset)
-    model, tokenizer = start_model(args.model, dataset, args.cache)
-    model.to(job.device)
-    if job.rank == 0:
-        barrier(job)
-    prompts = make_prompts(dataset, tokenizer, positions(model))
-    windows = draw_windows(dataset.train, args.windows, args.seed)
-    trees = build_trees(
-        prompts, windows
-    )  # the plan is of whole trees, whether they run packed or not
-    updates = make_batches(trees, args.batch, args.epochs, args.seed)
-    prompts = fall_back_to_unpacked(model, prompts, windows, job.device)
-    if args.no_pack or not prompts.packed:  # the same windows an update, one prompt a row
-        updates = [
-            [i for t in update for i in np.unique(trees[t].window).tolist()] for update in updates
-        ]
-        trees = build_trees(prompts, windows, pack=False)
-    steps, shared = len(updates), max(1, round(args.warmup * len(updates)))
-    if shared >= steps:
-        raise InputError(
-            f"{steps} updates, all of them warm-up, leave the losses none; raise --epochs or --windows, or lower --batch"
-        )
-    tokens = sum(len(prompts.titles[i]) + 1 for i in {w.items[w.stop] for w in windows})
-    if args.groups > tokens:
-        raise InputError(
-            f"--groups {args.groups}: the titles to predict have {tokens} tokens; use fewer groups"
-        )
-    left = [
-        tree.dropped
-        for tree in trees
-        + build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
-    ]
-    if any(left) and job.rank == 0:
-        announce(
-            f"{sum(left)} titles of {sum(n > 0 for n in left)} histories are left out, the oldest: the model has {prompts.max_positions} positions"
-        )
-    if job.rank == 0:  # nothing was written before: a start that failed leaves no run behind
-        write_atomic(folder / "config.json", json.dumps(config, indent=1))
-    torch.manual_seed(args.seed)
-
-    # SFT warm-up, shared by all losses: relevance is measured on a model that has seen users
-    begin = copy.deepcopy(model.state_dict())
-    table = torch.zeros(prompts.trie.path.shape, dtype=torch.long, device=job.device)
-    warm = train(model, prompts, trees, updates, (0, shared), table, sft, 1, job, folder / "warmup")
-    groups = form_groups(model, prompts, windows, args, job, folder / "groups.json")
-    if job.rank == 0:
-        print(
-            format_table(
-                (
-                    "group",
-                    "share",
-                    "r from",
-                    "some of its tokens, with their relevance r to the auxiliary tokens",
-                ),
-                group_examples(groups, prompts, tokenizer, args.seed),
-            )
-        )
-    table = torch.tensor(groups["group"], device=job.device)
-
-    def evaluated(name):
-        """Evaluate the model as it stands, once, into folder/name/."""
-        path = folder / name / "evaluation.json"
-        if not path.exists():
-            write_atomic(
-                path,
-                json.dumps(
-                    evaluate_and_audit(
-                        model, tokenizer, prompts, dataset, args, job, groups, folder / name
-                    )
-                ),
-            )
-        return read_json(path)
-
-    if job.rank == 0:
-        model.load_state_dict(begin)
-        before = evaluated("before")
-        baselines = {"before": before, "popularity": evaluate_popularity(dataset, args)}
-    objectives = {"sft": sft, "gdrt": gdrt(args.tau, args.prior), "group-dro": group_dro(args.eta)}
-    for loss in args.loss:
-        seconds = train(
-            model,
-            prompts,
-            trees,
-            updates,
-            (shared, steps),
-            table,
-            objectives[loss],
-            args.groups,
-            job,
-            folder / loss,
-            folder / "warmup" / "checkpoint.pt",
-        )
-        if job.rank == 0:
-            if not is_complete(folder / loss / "model"):
-                save_model(folder / loss / "model", model, tokenizer, model_card(args, loss))
-            result = evaluated(loss)
-            write_atomic(
-                folder / loss / "metrics.json",
-                json.dumps(
-                    {
-                        **{part: result[part] for part in ("valid", "test") if part in result},
-                        "baselines": baselines,
-                        "audit": {"before": before.get("audit"), "after": result.get("audit")},
-                        "time": {
-                            "warm-up": warm,
-                            "train": seconds,
-                            "relevance": groups["seconds"],
-                            "evaluate": result["seconds"],
-                        },
-                        "config": read_json(folder / "config.json"),
-                    },
-                    indent=1,
-                ),
-            )
-        barrier(job)
-    if job.rank == 0:
-        print(format_table(*result_table(folder, args.loss)))
-        if not args.no_report:
-            print(f"report: {write_report(folder)}")
-        print(f"{time.perf_counter() - began:.0f} s in all; files in {folder}")
-    if job.world > 1:
-        torch.distributed.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------- the command
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -1054,13 +1130,13 @@ def parser():
     add(
         "--epochs",
         type=positive(int),
-        default=4,
+        default=2,
         help="passes over the training windows, warm-up included",
     )
     add(
         "--batch",
         type=positive(int),
-        default=128,
+        default=64,
         metavar="N",
         help="windows an update; group means are over them, so it is part of the method",
     )
