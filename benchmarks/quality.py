@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import tables
 
 import gdrt
-from attribution import WINDOWS_PER_TITLE, cut_groups, mean_by_place, relevance, sample_windows
+from attribution import cut_groups, mean_by_place, relevance, sample_windows
 from data import (
     InputError,
     announce,
@@ -419,14 +419,14 @@ def measured(begun, name, seed):
         shape = len(prompts.titles), prompts.trie.path.shape[1] - 1
         if name in ("gradient", "ablation", "probability", "late"):
             if name == "late":
-                train_rest(begun, np.zeros(shape, dtype=int), gdrt.sft, 1)
+                train_rest(begun, np.zeros(shape, dtype=int), gdrt.sft_rule, 1)
             else:
                 begun.model.load_state_dict(begun.warm)
             method = "gradient" if name == "late" else name
             r = relevance(begun.model, prompts, begun.windows, method, seed=seed, device=device)
         elif name == "nll":
             begun.model.load_state_dict(begun.before)
-            trees = build_trees(prompts, sample_windows(begun.windows, WINDOWS_PER_TITLE, seed))
+            trees = build_trees(prompts, sample_windows(begun.windows, seed))
             full, _, item, step, _ = token_nlls(begun.model, prompts, trees, device)
             r = -mean_by_place(full, item, step, prompts)
         else:
@@ -518,7 +518,7 @@ def start(text, data_dir, cache, device, precision):
         updates,
         (0, shared),
         table,
-        gdrt.sft,
+        gdrt.sft_rule,
         1,
         job,
         Path(folder.name) / "warmup",
@@ -585,9 +585,9 @@ def objective_of(arguments, options):
             )
         return fixed(twin["mean q"])
     return {
-        "sft": lambda: gdrt.sft,
-        "gdrt": lambda: gdrt.gdrt(arguments["tau"], arguments["prior"]),
-        "group-dro": lambda: gdrt.group_dro(arguments["eta"]),
+        "sft": lambda: gdrt.sft_rule,
+        "gdrt": lambda: gdrt.gdrt_rule(arguments["tau"], arguments["prior"]),
+        "group-dro": lambda: gdrt.group_dro_rule(arguments["eta"]),
         "focal": lambda: focal(arguments["gamma"]),
     }[loss]()
 
