@@ -89,6 +89,7 @@ SETTINGS = {
         "windows": None,
         "lr": 2e-3,
         "epochs": 2,
+        "batch": 64,
     },
     "toy-shop": {"dataset": "toy", "split": "leave-one-out", "windows": None}
     | {name: gdrt.parser().get_default(name) for name in ("epochs", "batch", "lr")},
