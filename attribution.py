@@ -24,9 +24,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from data import (
+    BOS,
+    PAD,
     TEMPLATE,
     TITLE,
     USER,
+    Batch,
     InputError,
     Window,
     attention,
@@ -127,25 +130,25 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     return mean_by_place(ratio(aux, user), item, place, prompts)
 
 
-def cut_groups(r, windows, n_groups):
-    """Cut the target tokens of `windows` by r (items, L) -> (group (items, L), cuts, shares).
+def cut(r, weight, n_groups):
+    """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
 
-    Group 0 is the least relevant to auxiliary tokens; -1 where r is NaN. Groups hold equal shares of
-    the training tokens as far as ties allow: equal r, equal group. cuts: the lowest r of each group.
+    r, weight: arrays of one shape; group: the same shape, 0 the least relevant to auxiliary tokens,
+    -1 where r is NaN. Equal r, equal group, as far as that allows equal weight. cuts: lowest r of
+    each group. An empty group is an InputError.
     """
-    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(r))  # (items,)
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
-    mass = np.bincount(index, weights=np.broadcast_to(times[:, None], r.shape)[known])
-    # A value with more tokens than an equal share fills a group of its own; the rest is cut evenly.
+    mass = np.bincount(index, weights=weight[known])  # of every different value
+    # A value that weighs more than an equal share fills a group of its own; the rest is cut evenly.
     size = mass.sum() / n_groups
     large = mass < 0
     while len(values) >= n_groups and (mass[~large] > size).any():
         large = mass > size
         size = mass[~large].sum() / (n_groups - large.sum())
-    weight = np.minimum(mass, size)
-    # A value belongs to the group into which the middle of its tokens falls.
-    middle = (np.cumsum(weight) - weight / 2) / weight.sum()
+    capped = np.minimum(mass, size)
+    # A value belongs to the group into which the middle of its weight falls.
+    middle = (np.cumsum(capped) - capped / 2) / capped.sum()
     group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
     if (shares == 0).any():
@@ -184,8 +187,10 @@ def forward_mode(model):
 
 
 class FastForwardAD(TorchFunctionMode):
-    """Forward mode through linear layers and softmax without PyTorch's detours: it takes a third matrix product, for the
-    weight's zero tangent, and three more exponentials."""
+    """Forward mode through linear layers and softmax without PyTorch's detours.
+
+    PyTorch takes a third matrix product, for the weight's zero tangent, and three exponentials more.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -202,7 +207,7 @@ class FastForwardAD(TorchFunctionMode):
 
 
 def label_log_prob(logits, label, legal=None):
-    """log p of labels (N,) from logits (N, V): over the vocabulary, or over the tokens that data.legal_tokens lists."""
+    """log p of labels (N,) from logits (N, V): over the vocabulary, or over data.legal_tokens."""
     if legal is None:
         return logits.log_softmax(-1).gather(-1, label[:, None])[:, 0]
     owner, token, chosen = legal
@@ -210,9 +215,10 @@ def label_log_prob(logits, label, legal=None):
 
 
 def log_prob_derivative(logits, tangent, label, legal=None):
-    """d log p of labels (N,) for logits (N, V) moving along tangent (N, V): sum over v != y of p_v (dz_y - dz_v).
+    """d log p (N,) of labels for logits (N, V) moving along tangent (N, V).
 
-    The textbook form dz_y - sum_v p_v dz_v cancels to rounding noise where p_y is near 1; this one does not.
+    This is the sum over v != y of p_v (dz_y - dz_v). The textbook form dz_y - sum_v p_v dz_v cancels
+    to rounding noise where p_y is near 1; this one does not.
     """
     own = tangent.gather(-1, label[:, None])  # (N, 1)
     if legal is None:
@@ -244,7 +250,7 @@ def attributions(
 
 
 def prior_probability(model, prompts, windows, device="cpu"):
-    """(p(y_t | task, prefix) with the history empty, item, place), each (N,): one prompt a title."""
+    """(p(y_t | task, prefix), item, place), each (N,): one prompt a title, the history empty."""
     targets = sorted({w.items[w.stop] for w in windows})
     trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
     log_p, item, place, _ = log_probs_of(model, prompts, trees, device)
@@ -262,6 +268,12 @@ def log_probs_of(model, prompts, trees, device="cpu"):
             found = log_p.cpu().double(), batch.item, batch.place, batch.window
             parts.append([x.cpu().numpy() for x in found])
     return [np.concatenate(part) for part in zip(*parts)]
+
+
+def cut_groups(r, windows, n_groups):
+    """`cut` of r (items, L), every token weighted by how often `windows` have it as a target."""
+    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(r))  # (items,)
+    return cut(r, np.broadcast_to(times[:, None], r.shape), n_groups)
 
 
 def sample_windows(windows, seed):
@@ -295,6 +307,90 @@ def mean_by_place(values, item, place, prompts):
     np.add.at(total, (item, place), values)
     np.add.at(count, (item, place), 1)
     return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
+
+
+# ---------------------------------------------------------------- plain batches: no catalogue
+
+
+def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=None, bos=None):
+    """A Batch of ordinary rows, for `token_relevance`; every tensor (B, T).
+
+    labels: the token itself where it is a target, else -100, not shifted, as transformers has them.
+    is_user: true at the tokens of the user's history. Rows may be padded at either end
+    (attention_mask 0), or hold several prompts, each of which starts at position 0: a token sees
+    its own prompt alone. bos: this token is never moved to the baseline.
+    """
+    B, T = input_ids.shape
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    position = (real.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids
+    target = labels != -100  # (B, T)
+    if (target & (position == 0)).any():
+        raise InputError("labels: the first token of a prompt cannot be a target; set it to -100")
+    segment = torch.where(is_user.bool(), USER, TEMPLATE)  # (B, T)
+    segment = torch.where(real.bool(), segment, PAD)
+    if bos is not None:
+        segment = torch.where(input_ids == bos, BOS, segment)
+    row, column = target.nonzero(as_tuple=True)  # (N,), (N,)
+    return Batch(
+        ids=input_ids,
+        mask=own_prompt_mask(position, real.bool()),
+        position=position,
+        segment=segment,
+        row=row,
+        predict_at=column - 1,
+        label=labels[target],
+        item=row,
+        place=column,
+        window=row,
+    )
+
+
+def own_prompt_mask(position, seen):
+    """(B, 1, T, T) additive: a token sees itself and the `seen` (B, T) tokens before it in its prompt."""
+    B, T = position.shape
+    prompt = (position == 0).cumsum(1)  # (B, T) number of the prompt in its row
+    visible = (prompt[:, :, None] == prompt[:, None, :]) & seen[:, None, :]  # (B, T, T)
+    itself = torch.eye(T, dtype=torch.bool, device=position.device)
+    visible = visible.tril() | itself
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(B, 1, T, T, device=position.device).masked_fill(~visible[:, None], lowest)
+
+
+def without_user(batch):
+    """The same Batch with the user's tokens hidden and the positions after them closed up."""
+    hidden = batch.segment == USER  # (B, T)
+    prompt_start = batch.position == 0
+    before = hidden.cumsum(1)  # hidden tokens up to here in the row
+    first = torch.where(prompt_start, before - hidden.long(), 0).cummax(1).values
+    kept = (batch.segment != PAD) & ~hidden
+    mask = own_prompt_mask(batch.position, kept)
+    return batch._replace(mask=mask, position=batch.position - (before - first) * kept)
+
+
+def token_relevance(model, batch, method="gradient", points=POINTS):
+    """Relevance r (N,) of a plain_batch's target tokens to their auxiliary tokens, vocabulary softmax.
+
+    Every token that is not the user's is auxiliary. method: "gradient", "ablation" or
+    "probability", as in `relevance`. `on_tokens` lays r, or groups made of it by `cut`, over (B, T).
+    """
+    with forward_mode(model):
+        if method == "probability":
+            shown = without_user(batch)
+            return label_log_prob(target_logits(model, shown), batch.label).exp().cpu().numpy()
+        if method == "ablation":
+            aux, user = ablations(model, batch, (AUXILIARY, (USER,)))[0]
+        else:
+            aux, user = (
+                segment_gradient(model, batch, segment, points) for segment in (AUXILIARY, (USER,))
+            )
+    return ratio(aux.cpu().double().numpy(), user.cpu().double().numpy())
+
+
+def on_tokens(values, batch, empty):
+    """values (N,) of a batch's target tokens -> (B, T) numpy, `empty` where there is no target."""
+    grid = np.full(tuple(batch.ids.shape), empty, dtype=np.asarray(values).dtype)
+    grid[batch.row.cpu(), batch.predict_at.cpu() + 1] = values
+    return grid
 
 
 # ---------------------------------------------------------------- will the method help here?
