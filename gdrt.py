@@ -204,8 +204,8 @@ from evaluate import (
     popularity_lists,
     result_table,
     write_predictions,
-    write_report,
 )
+from report import write_report
 
 # ------------------------------------------------------------------------------------------------ the loop
 
