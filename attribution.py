@@ -14,7 +14,6 @@ that follows, and the cut of all target tokens into groups by r.
 import argparse
 import contextlib
 import heapq
-import html
 import itertools
 
 import numpy as np
@@ -45,7 +44,6 @@ from data import (
     logits_at,
     run_command,
     target_logits,
-    write_atomic,
 )
 
 AUXILIARY = (TEMPLATE, TITLE)
@@ -527,31 +525,7 @@ def span_sums(record):
     return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
 
 
-# ------------------------------------------------------------------------------------------------ tables and pages
-
-STYLE = """
-:root { color-scheme: light; } * { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #23282e;
-  background: #fcfcfb; max-width: 68rem; margin: 3rem auto 5rem; padding: 0 1.5rem; }
-h1 { font-size: 1.75rem; font-weight: 650; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; font-weight: 650; margin: 0 0 .3rem; }
-section { margin-top: 2.6rem; padding-top: 1.4rem; border-top: 1px solid #e3e4e2; } p { margin: .3rem 0 .9rem; max-width: 46rem; }
-.note { color: #5b636d; font-size: .925rem; } .lead { font-size: 1.05rem; } nav a { color: #2f659f; margin-right: 1.1rem; text-decoration: none; }
-table { border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
-th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid #e8e9e7; } th { color: #5b636d; font-weight: 600; border-color: #b9bdc1; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; } tbody tr:hover { background: #f3f5f7; }
-details { margin: .4rem 0 1rem; } summary { color: #2f659f; cursor: pointer; font-size: .925rem; } .scroll { overflow-x: auto; } svg { max-width: 100%; height: auto; }
-.lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 0 1.6rem; font-size: .89rem; padding: .9rem 0; border-top: 1px solid #e8e9e7; }
-.lists h3 { font-size: .89rem; margin: 0; color: #5b636d; font-weight: 600; } .lists ol { margin: .2rem 0; padding-left: 1.5rem; } mark { background: #cfe6d4; color: inherit; border-radius: .2rem; padding: 0 .25rem; }
-.row { padding: .7rem 0; border-top: 1px solid #e8e9e7; display: grid; grid-template-columns: 8.5rem 1fr; line-height: 1.95; font-size: .925rem; }
-.row b { font-weight: 650; white-space: pre-wrap; } .row small, .part small { color: #5b636d; font-size: .78rem; } .part { white-space: pre-wrap; padding: .1rem .25rem; margin-right: .3rem;
-  border: 1px solid #d5d8db; border-radius: .3rem; -webkit-box-decoration-break: clone; box-decoration-break: clone; } .part small { margin-left: .3rem; border-radius: .2rem; padding: 0 .2rem; color: #23282e; }
-.template, .bos { border-style: dashed; font-size: .84rem; color: #4a5159; } .scale { display: inline-block; width: 11rem; height: .7rem; border-radius: .2rem; margin: 0 .5rem; vertical-align: -.02rem; }
-@media (max-width: 40rem) { .row { grid-template-columns: 1fr; } body { margin-top: 1.5rem; } }
-"""
-RAISES, LOWERS = (
-    (107, 174, 214),
-    (253, 174, 107),
-)  # blue and orange, told apart by all, and dark text stays readable on both
+# ------------------------------------------------------------------------------------------------ tables
 
 
 def format_table(header, rows):
@@ -565,121 +539,6 @@ def format_table(header, rows):
         for row in cells
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def html_page(title, *sections):
-    """A self-contained page: no script, nothing fetched. sections: HTML made by the functions here, which escape all text."""
-    title = html.escape(str(title))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n"
-        + "\n".join(sections)
-        + "\n</body></html>\n"
-    )
-
-
-def html_text(text, kind="note"):
-    return f'<p class="{kind}">{html.escape(text)}</p>'
-
-
-def html_section(heading, *parts):
-    name = html.escape(heading)
-    return (
-        f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>\n'
-        + "\n".join(parts)
-        + "\n</section>"
-    )
-
-
-def html_links(headings):
-    """Links to sections of the same page."""
-    names = [html.escape(heading) for heading in headings]
-    return (
-        "<nav>"
-        + "".join(f'<a href="#{name.lower().replace(" ", "-")}">{name}</a>' for name in names)
-        + "</nav>"
-    )
-
-
-def html_table(header, rows):
-    def line(cells, tag):
-        return (
-            "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-        )
-
-    return (
-        '<div class="scroll"><table><thead>'
-        + line(header, "th")
-        + "</thead>\n<tbody>"
-        + "\n".join(line(row, "td") for row in rows)
-        + "</tbody></table></div>"
-    )
-
-
-def html_details(summary, content, opened=False):
-    return (
-        f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
-    )
-
-
-def html_lists(columns, marked=()):
-    """columns: [(heading, texts)] side by side as numbered lists, texts in `marked` highlighted."""
-
-    def entry(text):
-        text, mark = html.escape(text), text in marked
-        return f"<li><mark>{text}</mark></li>" if mark else f"<li>{text}</li>"
-
-    return (
-        '<div class="lists">'
-        + "".join(
-            f"<div><h3>{html.escape(heading)}</h3><ol>{''.join(map(entry, texts))}</ol></div>"
-            for heading, texts in columns
-        )
-        + "</div>"
-    )
-
-
-def shade(value, largest):
-    """Zero-centred colour: white at 0, blue for what raises the token's probability, orange for what lowers it."""
-    strength = min(1.0, abs(value) / largest) if largest else 0.0
-    return "rgb({},{},{})".format(
-        *(round(255 + (c - 255) * strength) for c in (RAISES if value > 0 else LOWERS))
-    )
-
-
-def html_heatmap(record):
-    """A token_attribution record as HTML: a row per target token, its prompt shaded, spans boxed with their sums."""
-    values, sums, rows = np.array(record["values"]), span_sums(record), []
-    largest = float(
-        np.quantile(np.abs(values), 0.98)
-    )  # one marker token may outweigh all others: it may saturate
-    for n, (target, log_prob) in enumerate(zip(record["targets"], record["log_prob"])):
-        parts = []
-        for i, s in enumerate(record["spans"]):
-            tokens = "".join(
-                f'<span style="background:{shade(values[n, t], largest)}" title="{values[n, t]:+.4f} nats">'
-                f"{html.escape(record['tokens'][t]).replace(chr(10), '&#8629;')}</span>"
-                for t in range(s["start"], s["end"])
-            )
-            parts.append(
-                f'<span class="part {html.escape(s["kind"])}" title="{html.escape(str(s["name"]))}: {sums[i, n]:+.4f} nats">{tokens}'
-                f'<small style="background:{shade(sums[i, n], 2 * largest)}">{sums[i, n]:+.2f}</small></span>'
-            )
-        rows.append(
-            f'<div class="row"><div><b>{html.escape(target)}</b><br><small>log p {log_prob:.2f}</small></div><div>{" ".join(parts)}</div></div>'
-        )
-    gap = (
-        ""
-        if record["gap"] is None
-        else f", gap to completeness {record['gap']:.2%} at {record['steps']} points"
-    )
-    colours = f"{shade(-1, 1)}, #fff, {shade(1, 1)}"
-    return (
-        f'<p class="note">Attribution by {html.escape(record["method"])}{gap}: a row for each target token. A box is a part of the prompt with '
-        f'its sum in nats; hover for figures.</p><p class="note">lowers its probability, {-largest:.2f}<span class="scale" '
-        f'style="background:linear-gradient(90deg, {colours})"></span>{largest:+.2f} nats a token, raises it</p>'
-        + "\n".join(rows)
-    )
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -770,10 +629,12 @@ def main(argv=None):
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
     if args.html:
+        from report import write_page
+
         title = (
             f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
         )
-        write_atomic(args.html, html_page(title, html_heatmap(record)))
+        write_page(args.html, title=title, record=record)
         print(f"page: {args.html}")
 
 

@@ -1,38 +1,127 @@
-"""Exact full-catalogue ranking, metrics, the bias audit, comparison of runs, and the report.
+"""How good a recommender is: exact ranking, accuracy, fairness, and where the model looks.
 
-Read `rank` first: it returns the exact top K titles by sum of token log-probabilities, with no beam width. Then
-`accuracy` and `fairness` (what the tables show), `audit` (where the model looks), `interval` (how sure we are).
-As a command it recomputes runs from their models and compares them, scores other systems' lists, writes the report.
+Above the ruler stands what is measured, by its definition. `rank_by_definition` lists the best
+titles; `accuracy` asks whether the one that the user chose is among them, `fairness` what kinds of
+titles the lists show, and `auxiliary_share` how much of an attribution rests on auxiliary tokens.
+Below it, `rank` runs the same search in batches, `evaluate_model` and `audit` put a model through
+all of it, `interval` says how sure we are, and the command compares finished runs.
 """
 
-import argparse
-import functools
-import io
-import json
-import math
-import re
-from pathlib import Path
-from typing import NamedTuple
+import heapq
 
 import numpy as np
 import torch
+
+from data import InputError, build_tree
+
+GROUPS = 5  # popularity groups of MGU and DGU
+
+
+@torch.no_grad()
+def rank_by_definition(model, prompts, window, k=10):
+    """The k best titles that are new to the user -> [(item, score)], best first; ours.
+
+    A title's score is the log-probability of its tokens, EOS included, after the window's prompt,
+    each normalised over the legal continuations: the tokens that some title has at this place.
+    Scores only fall along a path of the trie. So when the best open prefix is a complete title, no
+    other title can beat it: the search is exact, and opens as few prefixes as an exact one can.
+    """
+    trie = prompts.trie
+    prompt = build_tree(prompts, [window], [0], targets=False).ids.tolist()
+    queue = [(0.0, 0, [])]  # a heap of (-score, node of the trie, its prefix); node 0 is the root
+    best = []
+    while queue and len(best) < k:
+        cost, node, prefix = heapq.heappop(queue)
+        item = int(trie.item[node])
+        if item >= 0:
+            if item not in window.items[: window.stop]:
+                best.append((item, -cost))
+            continue
+        children = trie.child[trie.first[node] : trie.first[node + 1]]
+        legal = trie.token[children].tolist()
+        logits = model(torch.tensor([prompt + prefix], device=model.device)).logits[0, -1]  # (V,)
+        log_p = logits[legal].log_softmax(-1).tolist()
+        for child, token, value in zip(children.tolist(), legal, log_p):
+            heapq.heappush(queue, (cost - value, child, prefix + [token]))
+    return best
+
+
+def accuracy(items, scores, targets, ks=(5, 10)):
+    """HR, NDCG and MRR of each window -> {"NDCG@10": (n,), ...}; the metrics are their means.
+
+    items (n, K): ranked lists, -1 where one ends early; scores (n, K); targets (n,). Titles with
+    equal scores share their mean rank, as far as the list goes. At rank <= k: HR 1, NDCG
+    1/log2(rank + 1), MRR 1/rank; else 0. NaN scores are an InputError.
+    """
+    if np.isnan(scores).any():
+        raise InputError("the ranking's scores hold NaN; was the training stable?")
+    hit = items == np.asarray(targets)[:, None]  # (n, K)
+    own = np.where(hit, scores, -np.inf).max(1, keepdims=True)  # (n, 1) the target's score
+    better = ((items >= 0) & (scores > own)).sum(1)
+    equal = ((items >= 0) & (scores == own)).sum(1)
+    rank = np.where(hit.any(1), better + (equal + 1) / 2, np.inf)  # (n,)
+    gains = {"HR": np.ones(len(rank)), "NDCG": 1 / np.log2(rank + 1), "MRR": 1 / rank}
+    found = {}
+    for k in ks:
+        for name, gain in gains.items():
+            found[f"{name}@{k}"] = np.where(rank <= k, gain, 0.0)
+    return found
+
+
+def popularity_groups(count, titles, n_groups=GROUPS):
+    """(names, membership (items, G)): groups of equally many items, by count and then by title."""
+    order = sorted(range(len(titles)), key=lambda i: (count[i], titles[i]))
+    group = np.empty(len(titles), dtype=int)
+    group[order] = np.arange(len(titles)) * n_groups // len(titles)
+    inner = [str(g) for g in range(2, n_groups)]
+    return ["1 least popular", *inner, f"{n_groups} most popular"], np.eye(n_groups)[group]
+
+
+def listed_groups(items, member):
+    """What each list shows of each group: items (..., K), membership (items, G) -> (..., G)."""
+    nothing = np.zeros((1, member.shape[1]))
+    return np.concatenate([member, nothing])[items].sum(-2)  # -1, no item, is the row of zeros
+
+
+def proportions(amounts):
+    """(..., G) amounts -> shares of their sum; 0 where there is nothing."""
+    total = amounts.sum(-1, keepdims=True)
+    return amounts / np.where(total > 0, total, 1)
+
+
+def fairness(GP, GH):
+    """(MGU, DGU) over the last axis (..., G): MGU = mean |GU|, DGU = max GU - min GU, GU = GP - GH.
+
+    GP: shares of the top-K lists that groups have; GH: their shares of the training positives
+    (Jiang et al., WWW 2024). MGU is at most 2 / G: compare it only between equal groups.
+    """
+    GU = GP - GH
+    return np.abs(GU).mean(-1), GU.max(-1) - GU.min(-1)
+
+
+def auxiliary_share(aux, user):
+    """sum |A_aux| / sum(|A_aux| + |A_user|) of the audit, from attributions (N,); None for 0/0."""
+    aux = np.abs(aux).sum()
+    user = np.abs(user).sum()
+    return float(aux / (aux + user)) if aux + user > 0 else None
+
+
+# ---------------------------------------------------------------- below: plumbing
+
+import argparse
+import functools
+import json
+import math
+import operator
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from attribution import (
-    attributions,
-    format_table,
-    html_details,
-    html_heatmap,
-    html_links,
-    html_lists,
-    html_page,
-    html_section,
-    html_table,
-    html_text,
-)
+from attribution import attributions, format_table
 from data import (
-    InputError,
     Window,
     build_trees,
     by_length,
@@ -51,51 +140,49 @@ from data import (
     write_atomic,
 )
 
-# ------------------------------------------------------------------------------------------------ exact search
+# ---------------------------------------------------------------- the same search, batched
 
 
 class RadixTrie(NamedTuple):
-    """The title trie with every run of single continuations folded into one edge. Fork 0 is the root; F forks."""
+    """The title trie of R nodes: where titles branch or end. Node 0 is the root.
 
-    up: torch.Tensor  # (F,) the fork above
-    run: torch.Tensor  # (F, R) tokens of the edge from `up`, zero-padded
-    length: torch.Tensor  # (F,) their number
-    depth: torch.Tensor  # (F,) tokens from the root
-    item: torch.Tensor  # (F,) item that is complete here (its last token is EOS), -1 at inner forks
-    first: torch.Tensor  # (F + 1,) the forks below f are first[f]..first[f + 1] - 1
+    An edge is the chain of tokens from one such node to the next, which nothing can interrupt.
+    """
+
+    parent: torch.Tensor  # (R,) the root's is itself
+    edge: torch.Tensor  # (R, E) tokens of the edge that leads to the node, zero-padded
+    length: torch.Tensor  # (R,) their number
+    depth: torch.Tensor  # (R,) tokens from the root
+    item: torch.Tensor  # (R,) item whose title ends here, with EOS; -1 where titles branch
+    first: torch.Tensor  # (R + 1,) the children of node m are first[m] .. first[m + 1] - 1
 
 
 def compress(trie, device="cpu"):
-    """Trie -> Forks, numbered breadth first, so that the forks below one fork are neighbours."""
+    """Trie -> RadixTrie, numbered breadth first, so that the children of a node are neighbours."""
     children = np.split(trie.child, trie.first[1:-1])
-    up, runs, depth, item, first, nodes = [0], [[]], [0], [-1], [], [0]
-    for fork, node in enumerate(nodes):  # `nodes` grows while it is read
-        first.append(len(nodes))
-        for below in children[node]:
-            run = [trie.token[below]]
-            while len(children[below]) == 1:
-                below = children[below][0]
-                run.append(trie.token[below])
-            up.append(fork), runs.append(run), depth.append(depth[fork] + len(run))
-            item.append(trie.item[below]), nodes.append(below)
-    run = np.zeros((len(runs), max(map(len, runs))), dtype=np.int64)
-    for row, tokens in zip(run, runs):
-        row[: len(tokens)] = tokens
-    arrays = up, run, [len(r) for r in runs], depth, item, first + [len(nodes)]
-    return RadixTrie(*(torch.as_tensor(np.array(a), device=device) for a in arrays))
-
-
-def score_children(logits, fork, forks, softmax):
-    """Log-probability of the first token of every edge below `fork` (N,), from logits (N, V) -> (owner, child, score), flat.
-
-    softmax 'trie': over the legal continuations, that is these edges alone; 'full': over the vocabulary.
-    """
-    owner, offset = flat_ranges(forks.first[fork + 1] - forks.first[fork])
-    child = forks.first[fork][owner] + offset
-    token = forks.run[child, 0]
-    if softmax == "full":
-        return owner, child, logits.float().log_softmax(-1)[owner, token]
-    return owner, child, log_softmax_over(logits, owner, token)
+    ends = [0]  # node of the trie at which each edge ends; grows while it is read
+    edges = [[]]
+    parent = [0]
+    depth = [0]
+    first = []
+    for node, end in enumerate(ends):
+        first.append(len(ends))
+        for child in children[end]:
+            edge = [trie.token[child]]
+            while len(children[child]) == 1:
+                child = children[child][0]
+                edge.append(trie.token[child])
+            ends.append(child)
+            edges.append(edge)
+            parent.append(node)
+            depth.append(depth[node] + len(edge))
+    first.append(len(ends))
+    length = [len(edge) for edge in edges]
+    padded = np.zeros((len(edges), max(length)), dtype=np.int64)
+    for row, edge in zip(padded, edges):
+        row[: len(edge)] = edge
+    columns = parent, padded, length, depth, trie.item[ends], first
+    return RadixTrie(*(torch.as_tensor(np.array(column), device=device) for column in columns))
 
 
 class Ranking(NamedTuple):
@@ -119,282 +206,291 @@ def rank(
 ):
     """The exact top k titles for each window by sum of token log-probabilities -> Ranking. Ours.
 
-    Best-first search over the title trie. Log-probabilities only fall along a path, so a window is done when no open
-    prefix beats its k-th best complete title: exact for every `width` (prefixes opened a round). Seen titles compete as
-    prefixes and are dropped when complete, unless keep_seen. seen: item tuples, else the user's positives before the
-    target. NaN scores are an InputError.
+    It lists what rank_by_definition lists, for `rows` windows at once. Each round forwards the
+    `width` best open prefixes of each window; a window is done when none of them beats its k-th
+    best complete title: exact for every width. Seen titles compete as prefixes and are dropped when
+    complete, unless keep_seen. seen: tuples of items, else the user's positives before the target.
+    softmax: over legal continuations ('trie') or the vocabulary ('full'). NaN is an InputError.
     """
-    forks, trees = (
-        compress(prompts.trie, device),
-        build_trees(prompts, windows, pack=False, targets=False),
-    )
-    k_kept = min(k, len(prompts.titles))
-    items, scores = np.full((len(windows), k), -1), np.full((len(windows), k), -np.inf)
+    radix = compress(prompts.trie, device)
+    trees = build_trees(prompts, windows, pack=False, targets=False)
+    if keep_seen:
+        seen = [()] * len(windows)
+    elif seen is None:
+        seen = [window.items[: window.stop] for window in windows]
+    n_listed = min(k, len(prompts.titles))
+    items = np.full((len(windows), k), -1)
+    scores = np.full((len(windows), k), -np.inf)
     forwarded = np.zeros(len(windows), dtype=np.int64)
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].ids))
     model.eval()
     for start in tqdm(range(0, len(order), rows), desc="rank", disable=None, leave=False):
         chosen = order[start : start + rows]
-        allowed = (forks.item >= 0).repeat(
-            len(chosen), 1
-        )  # (B, F) complete titles that may enter the list
-        for row, i in enumerate(chosen):
-            if not keep_seen:
-                known = windows[i].items[: windows[i].stop] if seen is None else seen[i]
-                allowed[row] &= ~torch.isin(forks.item, torch.tensor(known, device=device))
+        allowed = unseen_titles(radix, [seen[i] for i in chosen])
+        batch = collate([trees[i] for i in chosen], device)
         score, count = search(
-            model,
-            collate([trees[i] for i in chosen], device),
-            forks,
-            allowed,
-            k_kept,
-            softmax,
-            width,
-            prompts.packed,
+            model, batch, radix, allowed, n_listed, softmax, width, prompts.packed
         )
-        best, place = score.topk(k_kept, dim=1)  # (B, k)
-        scores[chosen, :k_kept] = best.cpu().double().numpy()
-        items[chosen, :k_kept] = torch.where(best > -torch.inf, forks.item[place], -1).cpu().numpy()
+        best, node = score.topk(n_listed, dim=1)  # (B, n_listed)
+        found = torch.where(best > -torch.inf, radix.item[node], -1)
+        items[chosen, :n_listed] = found.cpu().numpy()
+        scores[chosen, :n_listed] = best.cpu().double().numpy()
         forwarded[chosen] = count.cpu().numpy()
     return Ranking(items, scores, forwarded)
 
 
-class CachedPrompts:
-    """A batch of B prompts in a KV cache that is only appended to; edges of the trie are forwarded as their branches.
+def unseen_titles(radix, seen):
+    """(B, R) bool: the nodes whose titles may enter the list of a user who has seen these items."""
+    allowed = (radix.item >= 0).repeat(len(seen), 1)
+    for row, items in zip(allowed, seen):
+        items = torch.tensor(items, dtype=torch.long, device=radix.item.device)
+        row &= ~torch.isin(radix.item, items)
+    return allowed
 
-    logits (B, V): after the prompts. A token of an edge sees its prompt, the path to the fork above, and its own edge.
+
+def search(model, batch, radix, allowed, k, softmax, width, packed=True):
+    """Best-first search for B prompts -> (scores (B, R) of allowed titles, else -inf; count (B,)).
+
+    score[b, m] is the log-probability of the path to node m: exact once the edge to m is read, an
+    upper bound before. Under 'trie' it is exact at once, since the rest of an edge is certain.
+    count: edges that were read. packed: the model follows a mask.
+    """
+    B, R = allowed.shape
+    leaf = radix.item >= 0
+    feed = tokens_to_read(radix, softmax)  # (R,)
+    openable = ~leaf | (feed > 0)  # (R,) there is something to learn from the edge to this node
+    reader = (CachedPrompts if packed else SeparatePrompts)(model, batch, radix, feed)
+    result = torch.full((B, R), -torch.inf, device=leaf.device)
+    count = torch.zeros(B, dtype=torch.long, device=leaf.device)
+    alive = torch.arange(B, device=leaf.device)  # prompts that are still searched
+    read = torch.zeros_like(allowed)  # edges that are read
+    read[:, 0] = True
+    score = result.clone()
+    score[:, 0] = 0
+    add_children(score, alive, torch.zeros_like(alive), reader.logits, radix, softmax)
+    while True:
+        final = torch.where(allowed & leaf & (read | ~openable), score, -torch.inf)  # (B, R)
+        pick, useful = best_open(score, openable & ~read, final, k, width)  # (B, W) each
+        active = useful.any(1)
+        if active.sum() <= len(alive) // 2:  # half of them are done: drop those
+            result[alive[~active]] = final[~active]
+            if not active.any():
+                return result, count
+            kept = (x[active] for x in (alive, score, read, allowed, pick, useful))
+            alive, score, read, allowed, pick, useful = kept
+            reader.keep(active)
+
+        row, place = useful.nonzero(as_tuple=True)
+        node = pick[row, place]  # (n,)
+        count.index_add_(0, alive[row], torch.ones_like(row))
+        logits = reader.forward(row, node, every=softmax == "full")  # (tokens read, V)
+        if softmax == "full":
+            logits = add_rest_of_edges(score, row, node, logits, radix, feed)  # (n, V)
+        read[row, node] = True
+        inner = ~leaf[node]
+        add_children(score, row[inner], node[inner], logits[inner], radix, softmax)
+
+
+def best_open(score, unread, final, k, width):
+    """The best unread edges of each prompt (B, W), and which beat its k-th best title (B, W)."""
+    if torch.isnan(score).any():
+        raise InputError("the model's scores hold NaN; was the training stable?")
+    kth = final.topk(k, dim=1).values[:, -1:]  # (B, 1)
+    best = torch.where(unread, score, -torch.inf).topk(min(width, score.shape[1]), dim=1)
+    return best.indices, best.values > kth
+
+
+def tokens_to_read(radix, softmax):
+    """(R,) tokens to forward to read an edge: never EOS, after which nothing is asked.
+
+    Under 'trie' an edge that completes a title tells nothing: its first token has been scored, and
+    the rest is certain.
+    """
+    leaf = radix.item >= 0
+    feed = radix.length - leaf.long()
+    return torch.where(leaf, 0, feed) if softmax == "trie" else feed
+
+
+def add_children(score, row, node, logits, radix, softmax):
+    """Give the children of each node (n,) of a prompt `row` (n,) their scores, from logits (n, V).
+
+    A child's score is its parent's and the log-probability of the first token of its edge.
+    """
+    owner, offset = flat_ranges(radix.first[node + 1] - radix.first[node])  # (children,)
+    child = radix.first[node][owner] + offset
+    token = radix.edge[child, 0]
+    if softmax == "full":
+        value = logits.float().log_softmax(-1)[owner, token]
+    else:
+        value = log_softmax_over(logits, owner, token)
+    score[row[owner], child] = score[row, node][owner] + value
+
+
+def add_rest_of_edges(score, row, node, logits, radix, feed):
+    """Add each edge's tokens after the first to the scores -> logits (n, V) at the edges' ends.
+
+    logits (tokens read, V): each token of an edge predicts the next one of the same edge.
+    """
+    owner, offset = flat_ranges(feed[node])
+    inner = offset + 1 < radix.length[node[owner]]
+    edge = node[owner[inner]]
+    following = radix.edge[edge, offset[inner] + 1]
+    log_p = logits[inner].float().log_softmax(-1)
+    value = log_p.gather(-1, following[:, None])[:, 0]
+    score.index_put_((row[owner[inner]], edge), value, accumulate=True)
+    return logits[offset == feed[node][owner] - 1]
+
+
+class EdgeTokens(NamedTuple):
+    """The M tokens of some edges, one edge after another in S new columns of their rows."""
+
+    ids: torch.Tensor  # (B, S) zero-padded
+    position: torch.Tensor  # (B, S)
+    node: torch.Tensor  # (B, S) node that the token's edge leads to, -1 where padded
+    row: torch.Tensor  # (M,)
+    column: torch.Tensor  # (M,)
+    last: torch.Tensor  # (M,) bool: the last token of its edge
+
+
+class CachedPrompts:
+    """B prompts in a KV cache that is only appended to; edges are forwarded as their branches.
+
+    logits (B, V): after the prompts. A token of an edge sees its prompt, the path to the node above
+    and its own edge so far. The cache holds P columns of prompts, then C columns of edges.
     """
 
-    def __init__(self, model, batch, forks, feed):
-        (B, P), device = batch.ids.shape, batch.ids.device
-        self.model, self.forks, self.feed, self.cache = (
-            model,
-            forks,
-            feed,
-            DynamicCache(config=model.config),
-        )
-        self.logits = logits_at(
-            model,
-            batch.row,
-            batch.predict_at,
-            input_ids=batch.ids,
-            cache=self.cache,
-            use_cache=True,
-        )
-        self.base = batch.predict_at + 1  # (B,) position of the first title token
-        self.prompt = torch.arange(P, device=device) < self.base[:, None]  # (B, P) not padding
-        self.slot = torch.full(
-            (B, len(forks.up)), -1, device=device
-        )  # place of a fork's last token among the C search tokens
-        self.sees = torch.zeros(
-            (B, 0, 0), dtype=torch.bool, device=device
-        )  # (B, C, C) ancestors among the search tokens
+    def __init__(self, model, batch, radix, feed):
+        B, P = batch.ids.shape
+        device = batch.ids.device
+        self.model = model
+        self.radix = radix
+        self.feed = feed
+        self.cache = DynamicCache(config=model.config)
+        inputs = {"input_ids": batch.ids, "cache": self.cache, "use_cache": True}
+        self.logits = logits_at(model, batch.row, batch.predict_at, **inputs)
+        self.start = batch.predict_at + 1  # (B,) position of a title's first token
+        self.prompt = torch.arange(P, device=device) < self.start[:, None]  # (B, P) not padding
+        # Which edge column holds the last token before the children of a node; -1: not read.
+        self.slot = torch.full((B, len(radix.parent)), -1, device=device)  # (B, R)
+        # Which edge columns each edge column sees: its ancestors and itself.
+        self.sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=device)  # (B, C, C)
 
     def keep(self, active):
         """Drop the prompts that are not active (B,)."""
-        self.base, self.prompt, self.slot, self.sees = (
-            x[active] for x in (self.base, self.prompt, self.slot, self.sees)
-        )
+        self.start = self.start[active]
+        self.prompt = self.prompt[active]
+        self.slot = self.slot[active]
+        self.sees = self.sees[active]
         self.cache.batch_select_indices(active.nonzero()[:, 0])
 
-    def forward(self, row, fork, every):
-        """Logits after each token (every) or the last token of the edges to `fork` (n,) of prompts `row` (n,), which rises."""
-        forks, (B, C), device = self.forks, self.sees.shape[:2], row.device
-        length = self.feed[fork]
-        total = torch.zeros_like(self.base).index_add(
-            0, row, length
-        )  # (B,) new tokens of each prompt, one edge after another
-        owner, offset = flat_ranges(length)  # (tokens,)
-        column = (length.cumsum(0) - length - (total.cumsum(0) - total)[row])[owner] + offset
-        last, row, fork = offset == length[owner] - 1, row[owner], fork[owner]
-        S, above = int(total.max()), forks.up[fork]
-        ids = torch.zeros((B, S), dtype=torch.long, device=device)
-        position, edge = torch.zeros_like(ids), torch.full_like(ids, -1)
-        ids[row, column] = forks.run[fork, offset]
-        position[row, column] = self.base[row] + forks.depth[above] + offset
-        edge[row, column] = fork
+    def lay_out(self, row, node):
+        """The edges to the nodes (n,), as EdgeTokens in the rows of their prompts `row` (n,)."""
+        length = self.feed[node]
+        total = torch.zeros_like(self.start).index_add(0, row, length)  # (B,) new tokens of a row
+        before = (
+            length.cumsum(0) - length - (total.cumsum(0) - total)[row]
+        )  # (n,) edge's first column
+        owner, offset = flat_ranges(length)  # (M,)
+        column = before[owner] + offset
+        last = offset == length[owner] - 1
+        row = row[owner]
+        node = node[owner]
+        ids = torch.zeros((len(total), int(total.max())), dtype=torch.long, device=row.device)
+        position = torch.zeros_like(ids)
+        edge = torch.full_like(ids, -1)
+        ids[row, column] = self.radix.edge[node, offset]
+        above = self.radix.depth[self.radix.parent[node]]
+        position[row, column] = self.start[row] + above + offset
+        edge[row, column] = node
+        return EdgeTokens(ids, position, edge, row, column, last)
 
-        path = torch.zeros((B, S, C), dtype=torch.bool, device=device)
-        parent = self.slot[row, above]
-        below = parent >= 0
-        path[row[below], column[below]] = self.sees[row[below], parent[below]]
-        new = torch.cat(
-            [path, (edge[:, :, None] == edge[:, None, :]).tril()], dim=2
-        )  # (B, S, C + S)
+    def mask(self, tokens):
+        """(B, 1, S, P + C + S) additive mask of new tokens, whose columns are then known."""
+        B, C = self.sees.shape[:2]
+        S = tokens.ids.shape[1]
+        row, column, last = tokens.row, tokens.column, tokens.last
+        node = tokens.node[row, column]  # (M,)
+        above = self.slot[row, self.radix.parent[node]]
+        below = above >= 0  # the others start at the root and see their prompt alone
+        path = torch.zeros((B, S, C), dtype=torch.bool, device=row.device)
+        path[row[below], column[below]] = self.sees[row[below], above[below]]
+        same_edge = tokens.node[:, :, None] == tokens.node[:, None, :]
+        new = torch.cat([path, same_edge.tril()], dim=2)  # (B, S, C + S)
         self.sees = torch.cat([torch.nn.functional.pad(self.sees, (0, S)), new], dim=1)
-        self.slot[row[last], fork[last]] = C + column[last]
-        mask = torch.cat([self.prompt[:, None].expand(-1, S, -1), new], dim=2)[
-            :, None
-        ]  # (B, 1, S, P + C + S)
-        mask = torch.zeros(mask.shape, device=device).masked_fill(
-            ~mask, torch.finfo(torch.float32).min
-        )
-        read = torch.ones_like(last) if every else last
-        return logits_at(
-            self.model,
-            row[read],
-            column[read],
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            cache=self.cache,
-            use_cache=True,
-        )
+        self.slot[row[last], node[last]] = C + column[last]
+        prompt = self.prompt[:, None].expand(-1, S, -1)
+        allowed = torch.cat([prompt, new], dim=2)[:, None]
+        mask = torch.zeros(allowed.shape, device=row.device)
+        return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+    def forward(self, row, node, every):
+        """Logits after each token (every) or the last one of the edges to `node` (n,).
+
+        row: (n,) their prompts, which must rise.
+        """
+        tokens = self.lay_out(row, node)
+        inputs = {"input_ids": tokens.ids, "position_ids": tokens.position}
+        inputs |= {"attention_mask": self.mask(tokens), "cache": self.cache, "use_cache": True}
+        read = torch.ones_like(tokens.last) if every else tokens.last
+        return logits_at(self.model, tokens.row[read], tokens.column[read], **inputs)
 
 
 class SeparatePrompts:
-    """The same without cache and mask: each edge is forwarded after its whole prompt. For models that follow no mask."""
+    """The same for models that follow no mask: each edge is forwarded after its whole prompt."""
 
-    def __init__(self, model, batch, forks, feed):
-        self.model, self.forks, self.feed = model, forks, feed
+    def __init__(self, model, batch, radix, feed):
+        self.model = model
+        self.radix = radix
+        self.feed = feed
         self.prompts = [ids[: stop + 1] for ids, stop in zip(batch.ids, batch.predict_at)]
-        self.logits = logits_at(
-            model, batch.row, batch.predict_at, input_ids=batch.ids, use_cache=False
-        )
+        inputs = {"input_ids": batch.ids, "use_cache": False}
+        self.logits = logits_at(model, batch.row, batch.predict_at, **inputs)
 
     def keep(self, active):
         self.prompts = [prompt for prompt, kept in zip(self.prompts, active) if kept]
 
-    def forward(self, row, fork, every):
-        forks, rows, length = self.forks, [], self.feed[fork]
-        for b, f in zip(row.tolist(), fork.tolist()):
-            parts = [forks.run[f, : self.feed[f]]]
-            while f := int(forks.up[f]):
-                parts.append(forks.run[f, : forks.length[f]])
-            rows.append(torch.cat([self.prompts[b], *parts[::-1]]))
+    def sequence(self, row, node):
+        """One prompt with the path to the node and the edge that leads to it."""
+        parts = [self.radix.edge[node, : self.feed[node]]]
+        while node := int(self.radix.parent[node]):
+            parts.append(self.radix.edge[node, : self.radix.length[node]])
+        return torch.cat([self.prompts[row], *reversed(parts)])
+
+    def forward(self, row, node, every):
+        length = self.feed[node]
+        sequences = [self.sequence(*pair) for pair in zip(row.tolist(), node.tolist())]
+        before = torch.tensor([len(ids) for ids in sequences], device=row.device) - length
         owner, offset = flat_ranges(length)
         read = offset >= (0 if every else length[owner] - 1)
-        column = (torch.tensor([len(ids) for ids in rows], device=row.device) - length)[
-            owner
-        ] + offset
-        ids = torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True
-        )  # padded behind, where nothing looks
+        column = before[owner] + offset
+        # Padded behind, where nothing looks.
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         return logits_at(self.model, owner[read], column[read], input_ids=ids, use_cache=False)
 
 
-def search(model, batch, forks, allowed, k, softmax, width, packed=True):
-    """Best-first search for a batch of B prompts -> (scores (B, F) of allowed complete titles, -inf elsewhere; count (B,)).
+# ---------------------------------------------------------------- metrics of ranked lists
 
-    score[b, f] is the log-probability of the path to fork f: exact once its edge is read (under 'trie' at once, the rest
-    of a run being certain), an upper bound before. packed: the model follows a mask.
-    """
-    B, F, device = len(batch.ids), len(forks.up), batch.ids.device
-    leaf = forks.item >= 0
-    feed = forks.length - leaf.long()  # (F,) tokens to forward to read an edge: EOS never
-    if softmax == "trie":
-        feed = torch.where(
-            leaf, 0, feed
-        )  # nothing is left to learn on an edge that completes a title
-    openable = ~leaf | (feed > 0)  # (F,)
-    complete = leaf & (feed == 0)
-    result = torch.full((B, F), -torch.inf, device=device)
-    count = torch.zeros(B, dtype=torch.long, device=device)
-
-    reader = (CachedPrompts if packed else SeparatePrompts)(model, batch, forks, feed)
-    alive = torch.arange(B, device=device)
-    score = torch.full((B, F), -torch.inf, device=device)
-    owner, child, value = score_children(reader.logits, torch.zeros_like(alive), forks, softmax)
-    score[owner, child] = value
-    expanded = torch.zeros((B, F), dtype=torch.bool, device=device)
-    expanded[:, 0] = True
-    while True:
-        if torch.isnan(score).any():
-            raise InputError("the model's scores hold NaN; was the training stable?")
-        final = torch.where(allowed & (complete | (leaf & expanded)), score, -torch.inf)  # (B, F)
-        kth = final.topk(k, dim=1).values[:, -1:]  # (B, 1)
-        bound, pick = torch.where(openable & ~expanded, score, -torch.inf).topk(
-            min(width, F), dim=1
-        )  # (B, W)
-        useful = bound > kth
-        active = useful.any(1)
-        if active.sum() <= len(alive) // 2:  # drop the rows that are done, all of them at the end
-            result[alive[~active]] = final[~active]
-            if not active.any():
-                return result, count
-            alive, score, expanded, allowed, pick, useful = (
-                x[active] for x in (alive, score, expanded, allowed, pick, useful)
-            )
-            reader.keep(active)
-
-        row, place = useful.nonzero(as_tuple=True)
-        fork = pick[row, place]  # (n,)
-        count.index_add_(0, alive[row], torch.ones_like(row))
-        logits = reader.forward(row, fork, every=softmax == "full")  # (tokens read, V)
-        if (
-            softmax == "full"
-        ):  # the rest of each edge: token `offset` predicts the next of the same edge
-            owner, offset = flat_ranges(feed[fork])
-            inner = offset + 1 < forks.length[fork[owner]]
-            edge = fork[owner[inner]]
-            value = (
-                logits[inner]
-                .float()
-                .log_softmax(-1)
-                .gather(-1, forks.run[edge, offset[inner] + 1][:, None])[:, 0]
-            )
-            score.index_put_((row[owner[inner]], edge), value, accumulate=True)
-            logits = logits[offset == feed[fork][owner] - 1]  # (n, V)
-        expanded[row, fork] = True
-        row, fork, logits = row[~leaf[fork]], fork[~leaf[fork]], logits[~leaf[fork]]
-        owner, child, value = score_children(logits, fork, forks, softmax)
-        score[row[owner], child] = score[row, fork][owner] + value
-
-
-# ------------------------------------------------------------------------------------------------ metrics of ranked lists
-
-GROUPS = 5  # popularity groups of MGU and DGU
 NOTE = (
-    "MGU depends on the number of groups: the group differences sum to at most 2, so with G groups MGU is at most 2/G, and "
-    "splitting groups lowers it. Compare it only between runs with the same groups; MGU times G/2, the share of the lists "
-    "that stands in the wrong group, never falls when groups are split. DGU is at most 2 for any number."
+    "MGU depends on the number of groups: the group differences sum to at most 2, so with G groups "
+    "MGU is at most 2/G, and splitting groups lowers it. Compare it only between runs with the "
+    "same groups; MGU times G/2, the share of the lists that stands in the wrong group, never "
+    "falls when groups are split. DGU is at most 2 for any number."
 )
 
 
-def accuracy(items, scores, targets, ks=(5, 10)):
-    """HR, NDCG and MRR of every window -> {"NDCG@10": (n,), ...}; their means over windows are the metrics.
-
-    items (n, K): ranked lists, -1 where one ends early; scores (n, K); targets (n,). Titles with the same score share their
-    mean rank, as far as the list goes. At rank <= k: HR 1, NDCG 1/log2(rank + 1), MRR 1/rank; else 0. NaN scores are an
-    InputError.
-    """
-    if np.isnan(scores).any():
-        raise InputError("the ranking's scores hold NaN; was the training stable?")
-    hit, listed = items == np.asarray(targets)[:, None], items >= 0  # (n, K)
-    own = np.where(hit, scores, -np.inf).max(1, keepdims=True)
-    rank = (listed & (scores > own)).sum(1) + ((listed & (scores == own)).sum(1) + 1) / 2
-    rank = np.where(hit.any(1), rank, np.inf)  # (n,)
-    gains = {"HR": np.ones(len(rank)), "NDCG": 1 / np.log2(rank + 1), "MRR": 1 / rank}
-    return {
-        f"{name}@{k}": np.where(rank <= k, gain, 0.0) for k in ks for name, gain in gains.items()
-    }
-
-
 def training_positives(dataset):
-    """(P, 2) pairs user, item: targets of the training windows and all positives before them, each pair once.
+    """(P, 2) pairs user, item: targets of the training windows and all positives before them.
 
-    A pair counts once although ten windows hold it as history: a window is a view, Window.items[:stop + 1].
+    A pair counts once although ten windows hold it as history: windows are views of one tuple, the
+    last of which sees furthest.
     """
-    last = {
-        (w.user, id(w.items)): w for w in dataset.train
-    }  # of the windows on one tuple the last sees furthest
-    return np.array(
-        sorted({(w.user, item) for w in last.values() for item in w.items[: w.stop + 1]})
-    )
-
-
-def popularity_groups(count, titles, n_groups=GROUPS):
-    """(names, membership (items, G)): groups of equally many items in the order of count (items,), then title."""
-    order = sorted(range(len(titles)), key=lambda i: (count[i], titles[i]))
-    group = np.empty(len(titles), dtype=int)
-    group[order] = np.arange(len(titles)) * n_groups // len(titles)
-    names = [str(g + 1) for g in range(n_groups)]
-    names[0], names[-1] = f"{names[0]} least popular", f"{names[-1]} most popular"
-    return names, np.eye(n_groups)[group]
+    last = {(w.user, id(w.items)): w for w in dataset.train}
+    pairs = {(w.user, item) for w in last.values() for item in w.items[: w.stop + 1]}
+    return np.array(sorted(pairs))
 
 
 def genre_groups(genres):
-    """(names, membership (items, G)): an item with n genres counts 1/n in each, one without genre nowhere."""
+    """(names, membership (items, G)): an item of n genres counts 1/n in each, of none nowhere."""
     names = sorted({name for kinds in genres for name in kinds})
     member = np.zeros((len(genres), len(names)))
     for row, kinds in zip(member, genres):
@@ -404,57 +500,34 @@ def genre_groups(genres):
 
 
 def item_groups(dataset):
-    """{"": popularity groups, "genre ": genres} -> (names, membership (items, G), GH (G,)); GH: shares of the training positives."""
+    """{"": popularity groups, "genre ": genres} -> (names, membership (items, G), GH (G,)).
+
+    GH: the groups' shares of the training positives, which are what fairness compares with.
+    """
     count = np.bincount(training_positives(dataset)[:, 1], minlength=len(dataset.titles))
-    kinds = {"": popularity_groups(count, dataset.titles)} | (
-        {"genre ": genre_groups(dataset.genres)} if any(dataset.genres) else {}
-    )
+    kinds = {"": popularity_groups(count, dataset.titles)}
+    if any(dataset.genres):
+        kinds["genre "] = genre_groups(dataset.genres)
     return {
         kind: (names, member, proportions(count @ member))
         for kind, (names, member) in kinds.items()
     }
 
 
-def proportions(amounts):
-    """(..., G) amounts -> shares of their sum; 0 where there is nothing."""
-    total = amounts.sum(-1, keepdims=True)
-    return amounts / np.where(total > 0, total, 1)
-
-
-def listed_groups(items, member):
-    """What each list shows of each group: items (..., K), -1 for none, membership (items, G) -> (..., G)."""
-    return np.concatenate([member, np.zeros((1, member.shape[1]))])[items].sum(
-        -2
-    )  # -1 is the row of zeros
-
-
-def fairness(GP, GH):
-    """(MGU, DGU) over the last axis (..., G): GU = GP - GH, MGU = mean |GU|, DGU = max GU - min GU (Jiang et al., WWW 2024).
-
-    GP: shares of the top-K lists that groups have; GH: their shares of the training positives. See NOTE on G.
-    """
-    GU = GP - GH
-    return np.abs(GU).mean(-1), GU.max(-1) - GU.min(-1)
-
-
 def by_tercile(count, per_window):
-    """Accuracy on windows of low, middle and high count (n,), a third each as far as ties allow (our choice).
+    """Accuracy on windows of low, middle and high count (n,), a third each up to ties (our choice).
 
-    -> {"tail" | "middle" | "head": {"n", "from", "to" (counts), and the means of `each`}}
+    -> {"tail" | "middle" | "head": {"n", "from", "to" (counts), and the means of per_window}}
     """
-    third = np.searchsorted(
-        np.quantile(count, (1 / 3, 2 / 3)), count
-    )  # (n,): equal count, equal third
-    return {
-        name: {
-            "n": int((third == i).sum()),
-            "from": int(count[third == i].min()),
-            "to": int(count[third == i].max()),
-            **{metric: float(values[third == i].mean()) for metric, values in per_window.items()},
-        }
-        for i, name in enumerate(("tail", "middle", "head"))
-        if (third == i).any()
-    }
+    tercile = np.searchsorted(np.quantile(count, (1 / 3, 2 / 3)), count)  # (n,) in 0, 1, 2
+    found = {}
+    for i, name in enumerate(("tail", "middle", "head")):
+        inside = tercile == i
+        if inside.any():
+            some = count[inside]
+            found[name] = {"n": len(some), "from": int(some.min()), "to": int(some.max())}
+            found[name] |= {key: float(x[inside].mean()) for key, x in per_window.items()}
+    return found
 
 
 def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
@@ -463,7 +536,8 @@ def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
     per_window = accuracy(items, scores, targets, ks)
     metrics = {name: float(values.mean()) for name, values in per_window.items()}
     for kind, (names, member, GH) in item_groups(dataset).items():
-        shares = metrics[f"{kind}exposure"] = {"groups": names, "GH": GH.tolist()}
+        shares = {"groups": names, "GH": GH.tolist()}
+        metrics[f"{kind}exposure"] = shares
         for k in ks:
             GP = proportions(listed_groups(items[:, :k], member).sum(0))
             shares[f"GP@{k}"] = GP.tolist()
@@ -471,17 +545,15 @@ def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
     for k in ks:
         metrics[f"coverage@{k}"] = len(np.setdiff1d(items[:, :k], [-1])) / len(dataset.titles)
     users, positives = training_positives(dataset).T
-    activity, popularity = (
-        np.bincount(users, minlength=len(dataset.users)),
-        np.bincount(positives, minlength=len(dataset.titles)),
-    )
-    metrics["by user activity"] = by_tercile(activity[[w.user for w in windows]], per_window)
-    metrics["by item popularity"] = by_tercile(popularity[targets], per_window)
+    activity = np.bincount(users, minlength=len(dataset.users))[[w.user for w in windows]]
+    popularity = np.bincount(positives, minlength=len(dataset.titles))[targets]
+    metrics["by user activity"] = by_tercile(activity, per_window)
+    metrics["by item popularity"] = by_tercile(popularity, per_window)
     return metrics, per_window
 
 
 def popularity_lists(dataset, windows, k, keep_seen=False):
-    """The popularity baseline -> (items (n, k), scores (n, k) = counts of training positives), like `rank`."""
+    """The popularity baseline -> (items (n, k), scores (n, k), which count training positives)."""
     count = np.bincount(training_positives(dataset)[:, 1], minlength=len(dataset.titles))
     order = np.array(sorted(range(len(count)), key=lambda i: (-count[i], dataset.titles[i])))
     items = np.full((len(windows), k), -1)
@@ -493,155 +565,15 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
     return items, np.where(items >= 0, count[items].astype(float), -np.inf)
 
 
-# ------------------------------------------------------------------------------------------------ predictions
-
-
-def write_predictions(path, dataset, windows, ranking, per_window):
-    """A line a window: user, position, history as the model read it, target, the titles listed, their scores, NLLs."""
-    lines = []
-    for i, w in enumerate(windows):
-        kept = ranking.items[i] >= 0
-        lines.append(
-            json.dumps(
-                {
-                    "user": dataset.users[w.user],
-                    "position": w.stop,
-                    "history": [dataset.titles[j] for j in w.items[w.start : w.stop]],
-                    "target": dataset.titles[w.items[w.stop]],
-                    "titles": [dataset.titles[j] for j in ranking.items[i][kept]],
-                    "scores": ranking.scores[i][kept].tolist(),
-                    "NLL": per_window["NLL"][i],
-                    "legal NLL": per_window["legal NLL"][i],
-                },
-                ensure_ascii=False,
-            )
-        )
-    write_atomic(path, "\n".join(lines) + "\n")
-
-
-def read_lines(path):
-    """JSONL file -> [(line number, value)]. A file that is absent, empty or broken is an InputError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a JSONL file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give a JSONL file") from None
-    found = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            found += [(number, json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError):
-            raise InputError(
-                f"{path}:{number}: not JSON; every line should be one object"
-            ) from None
-    if not found:
-        raise InputError(f"{path}: holds no line; every test window needs one")
-    return found
-
-
-def read_predictions(path, dataset, windows, k=10, allow_missing=False):
-    """Ranked lists from any system -> (items (n, K), scores (n, K), {what is missing: how often}). Anything wrong: InputError.
-
-    K is k, or more where titles beyond share the k-th score: equal scores for all titles then find nothing.
-
-    A line: {"user": "196", "position": 54, "titles": [best first]} and, where wanted, "scores" (falling) and "target" (is
-    checked). position: the user's positives before the target; may be left out where the user has one window. Where
-    several windows share user and position (CSV folders), "target" tells them apart, or else their order.
-    """
-    index, left = {title: i for i, title in enumerate(dataset.titles)}, {}
-    for i, w in enumerate(windows):
-        left.setdefault((dataset.users[w.user], w.stop), []).append(i)
-        left.setdefault((dataset.users[w.user], None), []).append(i)
-    several = {key for key, found in left.items() if key[1] is None and len(found) > 1}
-    lists = [((), ())] * len(windows)  # (items, scores) of each window
-    taken = set()
-    for number, line in read_lines(path):
-        place = f"{path}:{number}"
-        if (
-            not isinstance(line, dict)
-            or "user" not in line
-            or not isinstance(line.get("titles"), list)
-        ):
-            raise InputError(
-                f'{place}: should be an object with "user", "position" and a list "titles"'
-            )
-        key = str(line["user"]), line.get("position")
-        name = normalize_text(f"user {key[0]}, position {key[1]}")
-        if not isinstance(key[1], (int, type(None))) or key not in left:
-            raise InputError(
-                f"{place}: {name} is no test window of {dataset.name}; predict the same split"
-            )
-        if key in several:
-            raise InputError(
-                f'{place}: {name.split(",")[0]} has several test windows; say which by "position"'
-            )
-        fits = [
-            i
-            for i in left[key]
-            if line.get("target") in (None, dataset.titles[windows[i].items[windows[i].stop]])
-        ]
-        if not fits:
-            raise InputError(
-                f"{place}: {name} has another target than {line['target']!r}; predict the same split"
-            )
-        i = next((i for i in fits if i not in taken), None)
-        if i is None:
-            raise InputError(f"{place}: {name} is there twice; leave one line")
-        taken.add(i)
-        titles, given = (
-            line["titles"],
-            line.get("scores", [-float(j) for j in range(len(line["titles"]))]),
-        )
-        for title in titles:
-            if not isinstance(title, str) or title not in index:
-                raise InputError(
-                    f"{place}: {title!r} is no title of {dataset.name}; spell titles as its predictions.jsonl does"
-                )
-        if len(set(titles)) < len(titles):
-            raise InputError(
-                f"{place}: {max(titles, key=titles.count)!r} is listed twice; list each title once"
-            )
-        if (
-            not isinstance(given, list)
-            or len(given) != len(titles)
-            or not all(type(x) in (int, float) and abs(x) < 1e300 for x in given)
-        ):
-            raise InputError(
-                f"{place}: scores should be {len(titles)} finite numbers, one a title; NaN is no score"
-            )
-        if any(a < b for a, b in zip(given, given[1:])):
-            raise InputError(f"{place}: scores rise along the list; put the best title first")
-        kept = (
-            sum(x >= given[k - 1] for x in given) if len(given) > k else len(given)
-        )  # the k best and their equals
-        lists[i] = [index[title] for title in titles[:kept]], given[:kept]
-    items = np.full((len(windows), max(k, *(len(row) for row, _ in lists))), -1)
-    scores = np.full(items.shape, -np.inf)
-    for i, (row, given) in enumerate(lists):
-        items[i, : len(row)], scores[i, : len(row)] = row, given
-    possible = np.array([min(k, len(index) - len(set(w.items[: w.stop]))) for w in windows])
-    short = np.array([len(row) for row, _ in lists]) < possible
-    missing = {
-        "windows without a list": len(windows) - len(taken),
-        f"lists under {k} titles": int(short[sorted(taken)].sum()),
-    }
-    if any(missing.values()) and not allow_missing:
-        raise InputError(
-            f"{path}: of {len(windows)} windows {missing['windows without a list']} have no list, and "
-            f"{missing[f'lists under {k} titles']} lists have under {k} titles; complete them or add --allow-missing"
-        )
-    return items, scores, missing
-
-
-# ------------------------------------------------------------------------------------------------ held-out likelihood and audit
+# ---------------------------------------------------------------- held-out likelihood and audit
 
 
 @torch.no_grad()
 def token_nlls(model, prompts, trees, device="cpu"):
-    """NLL in nats of every target token -> (full, legal, item, step, window), each (N,) numpy.
+    """NLL in nats of every target token -> (full, legal, item, place, window), each (N,) numpy.
 
-    full: softmax over the vocabulary; legal: over the continuations that some title has, as the ranking uses it.
+    full: softmax over the vocabulary; legal: over the continuations that some title has, as the
+    ranking uses it.
     """
     parts = []
     model.eval()
@@ -651,54 +583,55 @@ def token_nlls(model, prompts, trees, device="cpu"):
         full = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
         owner, token, chosen = legal_tokens(batch, prompts.trie)
         legal = -log_softmax_over(logits, owner, token)[chosen]
-        parts.append(
-            [
-                x.cpu().numpy()
-                for x in (
-                    full.cpu().double(),
-                    legal.cpu().double(),
-                    batch.item,
-                    batch.place,
-                    batch.window,
-                )
-            ]
-        )
+        found = full.cpu().double(), legal.cpu().double(), batch.item, batch.place, batch.window
+        parts.append([x.cpu().numpy() for x in found])
     return [np.concatenate(part) for part in zip(*parts)]
 
 
 def by_group(values, group, n_groups):
-    """Mean of values (N,) in each group (N,) -> list of n_groups, None for an empty one; group -1 counts nowhere."""
-    return [
-        float(values[group == g].mean()) if (group == g).any() else None for g in range(n_groups)
-    ]
+    """Mean of values (N,) by group (N,) -> list of n_groups, None if empty; -1 counts nowhere."""
+    members = [values[group == g] for g in range(n_groups)]
+    return [float(some.mean()) if len(some) else None for some in members]
 
 
 def shuffle_histories(windows, seed):
-    """Each window with the history of another user's window and its own target: what personal information is worth.
+    """Each window with the history of another user's window and its own target.
 
-    Every history is used once. Users stand in a seeded order, their windows side by side, and histories move on by the
-    largest number of windows a user has: past all of the user's own, unless one user has more than half of the windows.
+    It shows what personal information is worth. Every history is used once. Users stand in a seeded
+    order, their windows side by side, and histories move on by the largest number of windows a user
+    has: past all of the user's own, unless one user has more than half of the windows.
     """
     users, count = np.unique([w.user for w in windows], return_counts=True)
-    place, shuffled = (
-        dict(zip(np.random.default_rng(seed).permutation(users).tolist(), range(len(users)))),
-        [],
-    )
+    place = {user: i for i, user in enumerate(np.random.default_rng(seed).permutation(users))}
     order = sorted(range(len(windows)), key=lambda i: place[windows[i].user])
     partner = dict(zip(order, np.roll(order, count.max())))
+    shuffled = []
     for i, window in enumerate(windows):
         other = windows[partner[i]]
         history = other.items[other.start : other.stop]
-        shuffled.append(
-            Window(window.user, history + (window.items[window.stop],), 0, len(history))
-        )
+        items = history + (window.items[window.stop],)
+        shuffled.append(Window(window.user, items, 0, len(history)))
     return shuffled
 
 
-def share(aux, user):
-    """sum |A_aux| / sum(|A_aux| + |A_user|): how much of the attribution rests on auxiliary tokens."""
-    aux, user = np.abs(aux).sum(), np.abs(user).sum()
-    return float(aux / (aux + user)) if aux + user > 0 else None
+def auxiliary_shares(aux, user, place, group, n_groups):
+    """Auxiliary shares, as the audit reports them, of attributions (N,) at `place` (N,) in titles.
+
+    group: (N,), or None where there are no groups.
+    """
+
+    def share_of(inside):
+        return auxiliary_share(aux[inside], user[inside])
+
+    places = range(min(8, place.max() + 1))
+    found = {
+        "auxiliary share": auxiliary_share(aux, user),
+        "auxiliary share first": share_of(place == 0),
+        "by position": [share_of(place == j) for j in places],
+    }
+    if group is not None:
+        found["by group"] = [share_of(group == g) for g in range(n_groups)]
+    return found
 
 
 AUDITED = 150  # windows the audit reads at most: its shares are then certain to about 0.014
@@ -716,81 +649,61 @@ def audit(
     seed=0,
     device="cpu",
 ):
-    """The bias audit on `windows` -> dict. ndcg: (n,) NDCG@10 of each with its own history. group: (items, L) or None.
+    """The bias audit on a sample of `windows` -> dict.
 
-    Auxiliary share over all tokens and first tokens, by group and by place in the title: by ablation, with the softmax over the vocabulary
-    ('ablation') and over legal continuations ('legal ablation'), and on every fifth window by gradient. NDCG@10 lost when
+    ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
+    Auxiliary share over all tokens and first tokens, by group and by place in the title: by
+    ablation, with the softmax over the vocabulary ('ablation') and over legal continuations ('legal
+    ablation'), and by gradient on every fifth window, since it costs most. NDCG@10 lost when
     histories are shuffled between users (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
-    windows, ndcg = [windows[i] for i in chosen], ndcg[chosen]
-    trees, result = build_trees(prompts, windows), {"windows": len(windows)}
-    aux, user, legal_aux, legal_user, *place = attributions(
-        model, trees, "ablation", (None, prompts.trie), device=device, note="audit (ablation)"
+    windows = [windows[i] for i in chosen]
+    result = {"windows": len(windows)}
+    measure = functools.partial(attributions, model, device=device)
+    trees = build_trees(prompts, windows)
+    softmaxes = None, prompts.trie
+    aux, user, legal_aux, legal_user, *token = measure(
+        trees, "ablation", softmaxes, note="audit (ablation)"
     )
+    fifth = build_trees(prompts, windows[::5])
     measured = {
-        "ablation": (aux, user, *place),
-        "legal ablation": (legal_aux, legal_user, *place),
-        "gradient": attributions(
-            model, build_trees(prompts, windows[::5]), device=device, note="audit (gradient)"
-        ),
-    }  # it is the dear one
-    for name, (aux, user, item, step, _) in measured.items():
-        first = step == 0
-        result[name] = {
-            "auxiliary share": share(aux, user),
-            "auxiliary share first": share(aux[first], user[first]),
-            "by position": [
-                share(aux[step == j], user[step == j]) for j in range(min(8, step.max() + 1))
-            ],
-        }
-        if group is not None:
-            g = group[item, step]
-            result[name]["by group"] = [share(aux[g == j], user[g == j]) for j in range(n_groups)]
+        "ablation": (aux, user, *token),
+        "legal ablation": (legal_aux, legal_user, *token),
+        "gradient": measure(fifth, note="audit (gradient)"),
+    }
+    for name, (aux, user, item, place, _) in measured.items():
+        of_token = None if group is None else group[item, place]
+        result[name] = auxiliary_shares(aux, user, place, of_token, n_groups)
     shuffled = shuffle_histories(windows, seed)
-    ranking = rank(
-        model,
-        prompts,
-        shuffled,
-        10,
-        softmax,
-        keep_seen,
-        device=device,
-        seen=[w.items[: w.stop] for w in windows],
-    )
+    seen = [w.items[: w.stop] for w in windows]
+    ranking = rank(model, prompts, shuffled, 10, softmax, keep_seen, device=device, seen=seen)
     lists = accuracy(ranking.items, ranking.scores, [w.items[w.stop] for w in windows])
-    result["NDCG@10 lost by shuffled histories"] = float((ndcg - lists["NDCG@10"]).mean())
-    return result
+    lost = float((ndcg[chosen] - lists["NDCG@10"]).mean())
+    return result | {"NDCG@10 lost by shuffled histories": lost}
 
 
 def evaluate_model(
     model, prompts, dataset, windows, group, n_groups, softmax="trie", keep_seen=False, device="cpu"
 ):
-    """Everything a table shows of a model on `windows` -> (metrics dict, per-window dict of (n,) arrays, Ranking)."""
+    """All that a table shows of a model on `windows` -> (metrics, {name: (n,)}, Ranking)."""
     ranking = rank(model, prompts, windows, 10, softmax, keep_seen, device=device)
     metrics, per_window = list_metrics(dataset, windows, ranking.items, ranking.scores)
-    full, legal, item, step, window = token_nlls(
-        model, prompts, build_trees(prompts, windows), device
-    )
-    per_window["NLL"] = np.bincount(window, weights=full, minlength=len(windows))
-    per_window["legal NLL"] = np.bincount(window, weights=legal, minlength=len(windows))
-    metrics |= {
-        "NLL": float(per_window["NLL"].mean()),
-        "legal NLL": float(per_window["legal NLL"].mean()),
-    }
+    trees = build_trees(prompts, windows)
+    full, legal, item, place, window = token_nlls(model, prompts, trees, device)
+    for name, nll in (("NLL", full), ("legal NLL", legal)):
+        per_window[name] = np.bincount(window, weights=nll, minlength=len(windows))
+        metrics[name] = float(per_window[name].mean())
     if group is not None:
-        g = group[item, step]
-        metrics |= {
-            "group NLL": by_group(full, g, n_groups),
-            "group legal NLL": by_group(legal, g, n_groups),
-        }
-        metrics["worst group NLL"] = max(
-            (x for x in metrics["group NLL"] if x is not None), default=None
-        )
+        of_token = group[item, place]
+        metrics["group NLL"] = by_group(full, of_token, n_groups)
+        metrics["group legal NLL"] = by_group(legal, of_token, n_groups)
+        known = [x for x in metrics["group NLL"] if x is not None]
+        metrics["worst group NLL"] = max(known, default=None)
     return metrics, per_window, ranking
 
 
-# ------------------------------------------------------------------------------------------------ comparison
+# ---------------------------------------------------------------- comparison
 
 DRAWS = 2000  # of the bootstrap: an interval's end is then certain to about 3% of its width
 
@@ -804,39 +717,44 @@ def draws(n, seed):
 def resample(values, users, statistic=None, seed=0):
     """Bootstrap of a mean over windows: values (S, n) or (S, n, G) by seed, users (n,) -> (DRAWS,).
 
-    A draw takes as many users as there are, with replacement and with all their windows, and as many seeds. statistic:
-    function of the means (DRAWS, S, G) -> (DRAWS, S). The same users and seed give the same draws: what makes it paired.
+    A draw takes as many users as there are, with replacement and with all their windows, and as
+    many seeds. statistic: function of the means (DRAWS, S, G) -> (DRAWS, S). The same users and
+    seed give the same draws, which is what makes it paired.
     """
     _, first, index = np.unique(users, return_index=True, return_inverse=True)
-    index = first.argsort().argsort()[
-        index
-    ]  # users in the order of their first windows: the same draws for indices and for ids
+    # Users count in the order of their first windows, so that indices draw as ids do.
+    index = first.argsort().argsort()[index]
     sums = np.zeros((len(first), len(values), *values.shape[2:]))
     np.add.at(sums, index, values.swapaxes(0, 1))  # (U, S, ...)
-    draw, weight = draws(len(first), seed), draws(len(values), seed + 1) / len(values)
-    mean = np.tensordot(draw, sums, 1) / (draw @ np.bincount(index)).reshape(
-        -1, *[1] * (values.ndim - 1)
-    )  # (DRAWS, S, ...)
-    return ((statistic(mean) if statistic else mean) * weight).sum(1)
+    draw = draws(len(first), seed)  # (DRAWS, U)
+    windows = (draw @ np.bincount(index)).reshape(-1, *[1] * (values.ndim - 1))
+    mean = np.tensordot(draw, sums, 1) / windows  # (DRAWS, S, ...)
+    if statistic:
+        mean = statistic(mean)
+    return (mean * (draws(len(values), seed + 1) / len(values))).sum(1)
 
 
 def interval(values, users, statistic=None, against=None):
-    """(value, low, high): the mean over seeds and windows with its 95% bootstrap interval; against: that of values - against.
+    """(value, low, high): the mean over seeds and windows with its 95% bootstrap interval.
 
-    values, against: (S, n), or (S, n, G) with a statistic, on the same windows; users: (n,). Runs of equally many seeds are
-    paired seed by seed. With few seeds the interval is a little narrow (by 18% at 3, in what is owed to seeds).
-    A statistic is a size, such as MGU, and chance makes sizes too large: once in `value`, twice in the draws. Its interval is
-    the basic one, which takes both off and so may lie below `value`; in differences the two runs' shares cancel. It held the
-    true MGU of simulated lists in 82% (exactly fair) to 95% of samples (unfair); percentiles of the draws in 0% to 96%.
+    values, against: (S, n), or (S, n, G) with a statistic, on the same windows; users: (n,).
+    against: the interval is that of values - against. Runs of equally many seeds are paired seed by
+    seed. With few seeds it is a little narrow (by 18% at 3, in what is owed to seeds).
+    A statistic is a size, such as MGU, and chance makes sizes too large: once in `value`, twice in
+    the draws. Its interval is the basic one, which takes both off and so may lie below `value`; in
+    differences the two runs' shares cancel. It held the true MGU of simulated lists in 82% (exactly
+    fair) to 95% of samples (unfair); percentiles of the draws in 0% to 96%.
     """
 
     def point(values):
         mean = values.mean(1)[None]  # (1, S, ...)
         return float((statistic(mean) if statistic else mean).mean())
 
-    value, drawn = point(values), resample(values, users, statistic)
+    value = point(values)
+    drawn = resample(values, users, statistic)
     if against is not None:
-        value, drawn = value - point(against), drawn - resample(against, users, statistic)
+        value -= point(against)
+        drawn = drawn - resample(against, users, statistic)
     low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
     if statistic and against is None:
         low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
@@ -844,40 +762,34 @@ def interval(values, users, statistic=None, against=None):
 
 
 def in_brackets(value, low, high, sign=""):
-    """'0.0810 [0.0720, 0.0899]'; a difference (sign='+') whose interval leaves zero out gets a star."""
-    return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]" + (
-        "*" if sign and (low > 0 or high < 0) else ""
-    )
+    """'0.0810 [0.0720, 0.0899]'; a difference (sign='+') gets a star where zero is outside."""
+    star = "*" if sign and (low > 0 or high < 0) else ""
+    return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]{star}"
 
 
 def evaluate_run(folder, cache=None, data_dir=None):
-    """Metrics of a finished run, recomputed from its model/ -> dict(loss, folder, config, dataset, part, metrics, each, items, moved).
+    """Metrics of a finished run, recomputed from its model/ -> dict.
 
-    moved: {metric: (as training wrote it, now)} of the single numbers that differ by 1e-4 or more; lists by group are not compared.
+    Keys: loss, folder, config, dataset, part, metrics, per_window, items, moved. The last one is
+    {metric: (as training wrote it, now)} of the single numbers that differ by 1e-4 or more; lists
+    by group are not compared.
     """
     folder = Path(folder)
     config, dataset, model, _, prompts = load_run(folder, cache, data_dir)
-    arguments, group = (
-        config["arguments"],
-        np.array(read_json(folder.parent / "groups.json")["group"]),
-    )
+    arguments = config["arguments"]
+    group = np.array(read_json(folder.parent / "groups.json")["group"])
     part = "valid" if arguments["no_test"] else "test"
+    windows = getattr(dataset, part)
+    options = {"softmax": arguments["rank_softmax"], "keep_seen": arguments["keep_seen"]}
     metrics, per_window, ranking = evaluate_model(
-        model,
-        prompts,
-        dataset,
-        getattr(dataset, part),
-        group,
-        arguments["groups"],
-        arguments["rank_softmax"],
-        arguments["keep_seen"],
+        model, prompts, dataset, windows, group, arguments["groups"], **options
     )
     written = read_json(folder / "metrics.json").get(part, {})
-    moved = {
-        name: (written.get(name, math.nan), now)
-        for name, now in metrics.items()
-        if isinstance(now, float) and not abs(written.get(name, math.nan) - now) < 1e-4
-    }
+    moved = {}
+    for name, now in metrics.items():
+        before = written.get(name, math.nan)
+        if isinstance(now, float) and not abs(before - now) < 1e-4:
+            moved[name] = before, now
     return {
         "loss": folder.resolve().name,
         "folder": folder,
@@ -892,36 +804,34 @@ def evaluate_run(folder, cache=None, data_dir=None):
 
 
 def pool(runs):
-    """Results of evaluate_run -> {name: [those that differ in nothing but the seed]}, named by loss, by what differs, by seeds."""
+    """Results of evaluate_run -> {name: [those that differ in nothing but the seed]}.
+
+    A pool is named by its loss, by the arguments that differ between pools, and by its seeds.
+    Losses keep the order in which they were given.
+    """
     found = {}
     for run in sorted(runs, key=lambda run: run["config"]["arguments"]["seed"]):
-        arguments = {
-            key: value
-            for key, value in run["config"]["arguments"].items()
-            if key not in ("seed", "loss")
-        }
-        found.setdefault((run["loss"], json.dumps(arguments)), []).append(run)
-    order = {run["loss"]: i for i, run in enumerate(runs[::-1])}
-    settings, named = [json.loads(text) for _, text in found], {}
-    differ = [
-        key
-        for key in (settings or [{}])[0]
-        if any(s.get(key) != settings[0][key] for s in settings)
-    ]
-    for (loss, _), setting, members in sorted(
-        zip(found, settings, found.values()), key=lambda entry: -order[entry[0][0]]
-    ):
+        setting = dict(run["config"]["arguments"])
+        del setting["seed"], setting["loss"]
+        found.setdefault((run["loss"], json.dumps(setting)), []).append(run)
+    settings = [json.loads(text) for _, text in found]
+    differ = []
+    for key in settings[0] if settings else ():
+        if any(setting.get(key) != settings[0][key] for setting in settings):
+            differ.append(key)
+    losses = [run["loss"] for run in runs]
+    named = {}
+    for loss, text in sorted(found, key=lambda entry: losses.index(entry[0])):
+        members = found[loss, text]
+        setting = json.loads(text)
         seeds = [run["config"]["arguments"]["seed"] for run in members]
         if len(set(seeds)) < len(seeds):
             raise InputError(
-                f"{members[0]['folder']}: two runs of one configuration and seed; name each run once"
+                f"{members[0]['folder']}: two runs of one configuration and seed; "
+                "name each run once"
             )
-        words = [
-            loss,
-            *(f"{key}={setting.get(key)}" for key in differ),
-            "seed" + "s" * (len(seeds) > 1),
-            ",".join(map(str, seeds)),
-        ]
+        words = [loss, *(f"{key}={setting.get(key)}" for key in differ)]
+        words += ["seeds" if len(seeds) > 1 else "seed", ",".join(map(str, seeds))]
         named[" ".join(words)] = members
     return named
 
@@ -930,83 +840,236 @@ MEANS = "HR@5", "NDCG@5", "MRR@5", "HR@10", "NDCG@10", "MRR@10", "NLL", "legal N
 
 
 def sampled(dataset, members):
-    """What has an interval -> {metric: (values (S, n) or (S, n, G), statistic or None)}. Coverage has none: draws repeat lists."""
-    found = {
-        name: (np.stack([run["per_window"][name] for run in members]), None)
-        for name in MEANS
-        if name in members[0]["per_window"]
-    }
+    """What has an interval -> {metric: (values (S, n) or (S, n, G), statistic or None)}.
+
+    Coverage has none: draws repeat lists.
+    """
+    found = {}
+    for name in MEANS:
+        if name in members[0]["per_window"]:
+            found[name] = np.stack([run["per_window"][name] for run in members]), None
     items = np.stack([run["items"] for run in members])  # (S, n, K)
+
+    def unfairness(mean, GH, which):
+        return fairness(proportions(mean), GH)[which]
+
     for kind, (_, member, GH) in item_groups(dataset).items():
         for k in (5, 10):
-            for j, name in enumerate(("MGU", "DGU")):
-                found[f"{kind}{name}@{k}"] = (
-                    listed_groups(items[..., :k], member),
-                    lambda mean, GH=GH, j=j: fairness(proportions(mean), GH)[j],
-                )
+            listed = listed_groups(items[..., :k], member)  # (S, n, G)
+            for which, name in enumerate(("MGU", "DGU")):
+                statistic = functools.partial(unfairness, GH=GH, which=which)
+                found[f"{kind}{name}@{k}"] = listed, statistic
     return found
 
 
 def comparison(pools, dataset, windows):
-    """(header, rows): a row a metric; a column a pool, with 95% intervals; then what each pool has over the first."""
-    users, (first, *others) = np.array([w.user for w in windows]), pools
-    values = {name: sampled(dataset, members) for name, members in pools.items()}
+    """(header, rows): a row a metric; a column a pool, with 95% intervals, and then a column for
+    what each pool has over the first."""
+    users = np.array([w.user for w in windows])
+    first, *others = pools
+    found = {name: sampled(dataset, members) for name, members in pools.items()}
 
-    def cell(metric, name, base=None):
-        if metric in values[name] and (base is None or metric in values[base]):
-            x, statistic = values[name][metric]
-            return in_brackets(
-                *interval(x, users, statistic, base and values[base][metric][0]),
-                "+" if base else "",
-            )
+    def own(metric, name):
+        if metric in found[name]:
+            values, statistic = found[name][metric]
+            return in_brackets(*interval(values, users, statistic))
         known = [run["metrics"][metric] for run in pools[name] if metric in run["metrics"]]
-        return f"{np.mean(known):.4f}" if known and not base else ""
+        return f"{np.mean(known):.4f}" if known else ""
 
-    metrics = *values[first], "coverage@5", "coverage@10", "worst group NLL"
-    return (
-        ("", *pools, *(f"{name} less {first}" for name in others)),
-        [
-            (
-                metric,
-                *(cell(metric, name) for name in pools),
-                *(cell(metric, name, first) for name in others),
+    def difference(metric, name):
+        if metric not in found[name] or metric not in found[first]:
+            return ""
+        values, statistic = found[name][metric]
+        against, _ = found[first][metric]
+        return in_brackets(*interval(values, users, statistic, against), "+")
+
+    rows = []
+    for metric in (*found[first], "coverage@5", "coverage@10", "worst group NLL"):
+        cells = [own(metric, name) for name in pools]
+        rows.append((metric, *cells, *(difference(metric, name) for name in others)))
+    return ("", *pools, *(f"{name} less {first}" for name in others)), rows
+
+
+def differences(logs, base="SFT"):
+    """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
+
+    logs: {name: lines of predictions.jsonl}. In brackets stand 95% intervals.
+    """
+
+    def ndcg(line):
+        found = line["target"] in line["titles"]
+        return 1 / np.log2(line["titles"].index(line["target"]) + 2) if found else 0.0
+
+    measures = {
+        "NDCG@10": ndcg,
+        "NLL of the title": operator.itemgetter("NLL"),
+        "NLL over legal continuations": operator.itemgetter("legal NLL"),
+    }
+    found = {name: [] for name in logs if name != base and base in logs}
+    for name, sentences in found.items():
+        users = [line["user"] for line in logs[base]]
+        for metric, measure in measures.items():
+            ours = np.array([[measure(line) for line in logs[name]]])  # (1, n)
+            theirs = np.array([[measure(line) for line in logs[base]]])
+            ends = interval(ours, users, against=theirs)
+            sentences.append(f"{metric} {in_brackets(*ends, '+')}")
+    return found
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def write_predictions(path, dataset, windows, ranking, per_window):
+    """A line a window: user, position, history as the model read it, target, the titles listed,
+    their scores, and the target's NLLs."""
+    lines = []
+    for i, w in enumerate(windows):
+        kept = ranking.items[i] >= 0
+        line = {
+            "user": dataset.users[w.user],
+            "position": w.stop,
+            "history": [dataset.titles[j] for j in w.items[w.start : w.stop]],
+            "target": dataset.titles[w.items[w.stop]],
+            "titles": [dataset.titles[j] for j in ranking.items[i][kept]],
+            "scores": ranking.scores[i][kept].tolist(),
+            "NLL": per_window["NLL"][i],
+            "legal NLL": per_window["legal NLL"][i],
+        }
+        lines.append(json.dumps(line, ensure_ascii=False))
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def read_lines(path):
+    """JSONL file -> [(line number, value)]. An absent, empty or broken file is an InputError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a JSONL file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; give a JSONL file") from None
+    found = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append((number, json.loads(line)))
+        except (ValueError, RecursionError):
+            raise InputError(
+                f"{path}:{number}: not JSON; every line should be one object"
+            ) from None
+    if not found:
+        raise InputError(f"{path}: holds no line; every test window needs one")
+    return found
+
+
+def find_window(line, place, dataset, windows, by_key, taken):
+    """The index of the window that a line is for: the first that fits and is not `taken`.
+
+    by_key: {(user, position, or None for any): indices of windows}. place: file and line number.
+    """
+    user, position = str(line["user"]), line.get("position")
+    name = normalize_text(f"user {user}, position {position}")
+    if not isinstance(position, (int, type(None))) or (user, position) not in by_key:
+        raise InputError(
+            f"{place}: {name} is no test window of {dataset.name}; predict the same split"
+        )
+    some = by_key[user, position]
+    if position is None and len(some) > 1:
+        raise InputError(
+            f"{place}: {normalize_text(f'user {user}')} has several test windows; "
+            'say which by "position"'
+        )
+    target = line.get("target")
+    if target is not None:
+        some = [i for i in some if dataset.titles[windows[i].items[windows[i].stop]] == target]
+    if not some:
+        raise InputError(
+            f"{place}: {name} has another target than {target!r}; predict the same split"
+        )
+    left = [i for i in some if i not in taken]
+    if not left:
+        raise InputError(f"{place}: {name} is there twice; leave one line")
+    return left[0]
+
+
+def check_list(titles, scores, place, dataset, known):
+    """Raise an InputError where a line's titles or their scores are not a ranked list."""
+    for title in titles:
+        if not isinstance(title, str) or title not in known:
+            raise InputError(
+                f"{place}: {title!r} is no title of {dataset.name}; "
+                "spell titles as its predictions.jsonl does"
             )
-            for metric in metrics
-        ],
-    )
+    if len(set(titles)) < len(titles):
+        twice = max(titles, key=titles.count)
+        raise InputError(f"{place}: {twice!r} is listed twice; list each title once")
+    finite = isinstance(scores, list) and len(scores) == len(titles)
+    finite = finite and all(type(x) in (int, float) and abs(x) < 1e300 for x in scores)
+    if not finite:
+        raise InputError(
+            f"{place}: scores should be {len(titles)} finite numbers, one a title; NaN is no score"
+        )
+    if any(a < b for a, b in zip(scores, scores[1:])):
+        raise InputError(f"{place}: scores rise along the list; put the best title first")
 
 
-# ------------------------------------------------------------------------------------------------ report
+def read_predictions(path, dataset, windows, k=10, allow_missing=False):
+    """Ranked lists of any system -> (items (n, K), scores (n, K), {what is missing: how often}).
+
+    K is k, or more where titles beyond share the k-th score: equal scores for all titles then find
+    nothing. Anything wrong is an InputError.
+
+    A line: {"user": "196", "position": 54, "titles": [best first]} and, where wanted, "scores"
+    (falling) and "target" (is checked). position: the user's positives before the target; may be
+    left out where the user has one window. Where several windows share user and position (CSV
+    folders), "target" tells them apart, or else their order.
+    """
+    known = {title: i for i, title in enumerate(dataset.titles)}
+    by_key = {}
+    for i, w in enumerate(windows):
+        by_key.setdefault((dataset.users[w.user], w.stop), []).append(i)
+        by_key.setdefault((dataset.users[w.user], None), []).append(i)
+    lists = {}  # window -> (items, scores)
+    for number, line in read_lines(path):
+        place = f"{path}:{number}"
+        whole = isinstance(line, dict) and "user" in line
+        if not whole or not isinstance(line.get("titles"), list):
+            raise InputError(
+                f'{place}: should be an object with "user", "position" and a list "titles"'
+            )
+        i = find_window(line, place, dataset, windows, by_key, lists)
+        titles = line["titles"]
+        scores = line.get("scores", [-float(j) for j in range(len(titles))])
+        check_list(titles, scores, place, dataset, known)
+        n = len(titles)
+        if n > k:  # the k best and those that equal the k-th
+            n = sum(score >= scores[k - 1] for score in scores)
+        lists[i] = [known[title] for title in titles[:n]], scores[:n]
+    items = np.full((len(windows), max(k, *(len(row) for row, _ in lists.values()))), -1)
+    scores = np.full(items.shape, -np.inf)
+    short = 0
+    for i, (row, given) in lists.items():
+        items[i, : len(row)] = row
+        scores[i, : len(row)] = given
+        unseen = len(known) - len(set(windows[i].items[: windows[i].stop]))
+        short += len(row) < min(k, unseen)
+    missing = {
+        "windows without a list": len(windows) - len(lists),
+        f"lists under {k} titles": short,
+    }
+    if any(missing.values()) and not allow_missing:
+        raise InputError(
+            f"{path}: of {len(windows)} windows {len(windows) - len(lists)} have no list, and "
+            f"{short} lists have under {k} titles; complete them or add --allow-missing"
+        )
+    return items, scores, missing
+
+
+# ---------------------------------------------------------------- tables
 
 COLUMNS = "HR@5", "NDCG@5", "HR@10", "NDCG@10", "MGU@5", "DGU@5", "coverage@10"
-BEFORE, HISTORIES = "before fine-tuning", "histories"
-COLOURS = {
-    HISTORIES: "#c6cad0",
-    BEFORE: "#8d96a0",
-    "SFT": "#3f74b5",
-    "GDRT": "#d9822b",
-    "group-dro": "#4a9a7c",
-}
-LOOK = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "gdrt",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa1a9",
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e9ebea",
-    "text.color": "#23282e",
-    "xtick.color": "#5b636d",
-    "ytick.color": "#5b636d",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
+BEFORE = "before fine-tuning"
+TERCILES = "by user activity", "by item popularity"
 
 
 def loss_name(loss):
@@ -1018,22 +1081,24 @@ def fmt(x, digits=3):
 
 
 def result_table(folder, losses):
-    """(header, rows): popularity, before fine-tuning and each loss; on test, or on validation with --no-test."""
+    """(header, rows): popularity, before fine-tuning and each loss, at most 100 columns wide.
+
+    On test windows, or on validation where the run has --no-test. Seconds: warm-up, training and,
+    but for SFT, relevance.
+    """
     runs = {loss: read_json(Path(folder) / loss / "metrics.json") for loss in losses}
     some = runs[losses[0]]
     part = "test" if "test" in some else "valid"
 
     def row(name, metrics, audit, seconds):
-        return (
-            name,
-            *(fmt(metrics[column], 4) for column in COLUMNS),
-            fmt(audit and audit["ablation"]["auxiliary share"]),
-            fmt(seconds, 0),
-        )
+        numbers = [fmt(metrics[column], 4) for column in COLUMNS]
+        share = audit["ablation"]["auxiliary share"] if audit else None
+        return (name, *numbers, fmt(share), fmt(seconds, 0))
 
+    baselines = some["baselines"]
     rows = [
-        row("popularity", some["baselines"]["popularity"][part], None, None),
-        row(BEFORE, some["baselines"]["before"][part], some["audit"]["before"], None),
+        row("popularity", baselines["popularity"][part], None, None),
+        row(BEFORE, baselines["before"][part], some["audit"]["before"], None),
     ]
     for loss, result in runs.items():
         time = result["time"]
@@ -1042,404 +1107,78 @@ def result_table(folder, losses):
     return (part, *COLUMNS, "aux share", "seconds"), rows
 
 
+def group_table(groups, models):
+    """(header, rows): a row a group of groups.json, with its NLL in each of {name: metrics}."""
+    rows = []
+    for g, (share, cut) in enumerate(zip(groups["shares"], groups["cuts"])):
+        nlls = [fmt(metrics["group NLL"][g]) for metrics in models.values()]
+        rows.append((g, fmt(share), fmt(cut), *nlls))
+    return ("group", "share of tokens", "relevance from", *models), rows
+
+
 def audit_table(audits):
     """(header, rows) of {name: audit}. The ratio auxiliary : user says the same as the share."""
-
-    def row(name, audit):
-        share = audit["ablation"]["auxiliary share"]
-        return (
-            name,
-            fmt(share),
-            f"{share / (1 - share):.2f} : 1" if share < 1 else "all",
-            fmt(audit["ablation"]["auxiliary share first"]),
-            *(
-                fmt(audit[method][key])
-                for method in ("legal ablation", "gradient")
-                for key in ("auxiliary share", "auxiliary share first")
-            ),
-            fmt(audit["NDCG@10 lost by shuffled histories"], 4),
-        )
-
-    return (
-        (
-            "",
-            "aux share, ablation",
-            "aux : user",
-            "first tokens",
-            "over legal tokens",
-            "first tokens",
-            "aux share, gradient",
-            "first tokens",
-            "NDCG@10 lost, histories shuffled",
-        ),
-        [row(*entry) for entry in audits.items()],
+    header = (
+        "",
+        "aux share, ablation",
+        "aux : user",
+        "first tokens",
+        "over legal tokens",
+        "first tokens",
+        "aux share, gradient",
+        "first tokens",
+        "NDCG@10 lost, histories shuffled",
     )
+    rows = []
+    for name, audit in audits.items():
+        shares = []
+        for method in ("ablation", "legal ablation", "gradient"):
+            shares.append(fmt(audit[method]["auxiliary share"]))
+            shares.append(fmt(audit[method]["auxiliary share first"]))
+        share = audit["ablation"]["auxiliary share"]
+        ratio = f"{share / (1 - share):.2f} : 1" if share < 1 else "all"
+        lost = fmt(audit["NDCG@10 lost by shuffled histories"], 4)
+        rows.append((name, shares[0], ratio, *shares[1:], lost))
+    return header, rows
 
 
 def tercile_table(models, by, metric="NDCG@10"):
-    """(header, rows) of what in_thirds found for {name: [metrics of each seed]}: a row a third of the windows."""
-    parts = next(iter(models.values()))[0][by]
-    return (
-        (by, "training positives", "n", *models),
-        [
-            (
-                name,
-                f"{x['from']} to {x['to']}",
-                x["n"],
-                *(
-                    fmt(np.mean([m[by][name][metric] for m in seeds]), 4)
-                    for seeds in models.values()
-                ),
-            )
-            for name, x in parts.items()
-        ],
-    )
+    """(header, rows) of what by_tercile found: a row a tercile of the windows.
 
-
-def plot(panels, columns, described):
-    """Panels (title, labels, {name: values}) as inline SVG: bars over labels; or lines, where labels is None and values (x, y).
-
-    '' without matplotlib. Names in COLOURS keep their colour everywhere; others go from dark to light in their order.
+    models: {name: [metrics of each seed]}; by: one of TERCILES.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        return ""
-    with matplotlib.rc_context(LOOK):
-        rows, text, explained = -(-len(panels) // columns), io.StringIO(), set()
-        page = Figure(figsize=(10.6, 2.6 * rows), layout="constrained", facecolor="none")
-        for axis, (title, labels, series) in zip(
-            page.subplots(rows, columns, squeeze=False).flat, panels
-        ):
-            for i, (name, values) in enumerate(series.items()):
-                style = {
-                    "label": name,
-                    "color": COLOURS.get(
-                        name, matplotlib.colormaps["viridis"](0.88 * i / max(1, len(series) - 1))
-                    ),
-                }
-                if labels is None:
-                    axis.plot(*values, linewidth=1.4, **style)
-                else:
-                    width = 0.8 / len(series)
-                    axis.bar(
-                        np.arange(len(labels)) + (i + 0.5) * width - 0.4,
-                        [np.nan if x is None else x for x in values],
-                        0.92 * width,
-                        **style,
-                    )
-            axis.set_title(title)
-            axis.set_ylim(bottom=0)
-            if labels is not None:
-                axis.set_xticks(range(len(labels)), labels)
-                axis.grid(False, axis="x")
-            if tuple(series) not in explained:  # a legend once: colours mean the same in all panels
-                explained.add(tuple(series))
-                axis.legend(
-                    **(
-                        {}
-                        if labels is None
-                        else {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(series)}
-                    )
-                )
-        page.savefig(
-            text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    svg = re.sub(r"<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{described}"', 1)
+    rows = []
+    for name, some in next(iter(models.values()))[0][by].items():
+        means = []
+        for seeds in models.values():
+            means.append(fmt(np.mean([metrics[by][name][metric] for metrics in seeds]), 4))
+        rows.append((name, f"{some['from']} to {some['to']}", some["n"], *means))
+    return (by, "training positives", "n", *models), rows
 
 
-def plotted(panels, columns, described, *tables):
-    """A plot with its figures behind a fold; where there is no plot, the figures, unfolded."""
-    svg = plot(panels, columns, described)
-    return svg + html_details(
-        f"Figures: {described}", "".join(html_table(*table) for table in tables), opened=not svg
-    )
+def print_table(header, rows, width=100):
+    """Print a table; where it is wider, its columns in several tables, each with the first one."""
+    widths = [max(len(str(row[j])) for row in (header, *rows)) for j in range(len(header))]
+    blocks = []
+    used = width
+    for j in range(1, len(header)):
+        used += 2 + widths[j]
+        if used > width:
+            blocks.append([0])
+            used = widths[0] + 2 + widths[j]
+        blocks[-1].append(j)
+    for block in blocks:
+        pick = operator.itemgetter(*block)
+        print(format_table(pick(header), [pick(row) for row in rows]) + "\n")
 
 
-def differences(logs, base="SFT"):
-    """Sentences on what each loss has over SFT, with paired 95% intervals. logs: {name: lines of predictions.jsonl}."""
-
-    def ndcg(lines):
-        return np.array(
-            [
-                [
-                    1 / np.log2(x["titles"].index(x["target"]) + 2)
-                    if x["target"] in x["titles"]
-                    else 0.0
-                    for x in lines
-                ]
-            ]
-        )
-
-    if base not in logs:
-        return []
-    of = {
-        "NDCG@10": ndcg,
-        "NLL of the title": lambda lines: np.array([[x["NLL"] for x in lines]]),
-        "NLL over legal continuations": lambda lines: np.array([[x["legal NLL"] for x in lines]]),
-    }
-    users = [line["user"] for line in logs[base]]
-    return [
-        html_text(
-            f"{name} less {base}: "
-            + "; ".join(
-                f"{metric} {in_brackets(*interval(get(lines), users, against=get(logs[base])), '+')}"
-                for metric, get in of.items()
-            )
-            + ". In brackets: 95% of a paired bootstrap over users, on one seed.",
-            "lead",
-        )
-        for name, lines in logs.items()
-        if name != base
-    ]
-
-
-def training_section(folder, runs):
-    """NLL, NLL by group and q over the updates, a row of panels a loss; runs: {name: loss}."""
-
-    def smooth(lines, get):
-        width = max(1, len(lines) // 40)
-        return [line["step"] for line in lines[width - 1 :]], np.convolve(
-            [get(line) for line in lines], np.ones(width) / width, "valid"
-        )
-
-    panels, rows = [], []
-    for name, loss in runs.items():
-        lines = [line for _, line in read_lines(folder / loss / "metrics.jsonl")]
-        groups, tenth = range(len(lines[0]["q"])), max(1, len(lines) // 10)
-        panels.append(
-            (
-                name,
-                None,
-                {
-                    "loss": smooth(lines, lambda x: x["loss"]),
-                    "mean NLL": smooth(lines, lambda x: x["nll"]),
-                },
-            )
-        )
-        panels += [
-            (
-                f"{name}: {title}",
-                None,
-                {f"group {g}": smooth(lines, lambda x: x[key][g]) for g in groups},
-            )
-            for title, key in (("NLL by group", "group_nll"), ("weight q by group", "q"))
-        ]
-        for label, some in (("first tenth", lines[:tenth]), ("last tenth", lines[-tenth:])):
-            mean = {
-                key: np.mean([line[key] for line in some], 0)
-                for key in ("loss", "nll", "group_nll", "q")
-            }
-            rows.append(
-                (f"{name}, {label}", *(fmt(x) for key in mean for x in np.atleast_1d(mean[key])))
-            )
-    header = "updates", "loss", "NLL", *(f"NLL {g}" for g in groups), *(f"q {g}" for g in groups)
-    return [
-        html_text(
-            "By update, after the warm-up that all losses share; running means over a fortieth of the updates; NLL in nats a token. "
-            "Group 0 holds the target tokens least relevant to auxiliary tokens: those that need the user most."
-        ),
-        plotted(panels, 3, "training by update", (header, rows)),
-    ]
-
-
-def attribution_section(audits):
-    """Auxiliary share of every model; audits: {name: audit}."""
-    by = {
-        kind: {name: audit["ablation"][f"by {kind}"] for name, audit in audits.items()}
-        for kind in ("group", "position")
-    }
-    labels = {
-        kind: [str(i) for i in range(max(map(len, series.values())))] for kind, series in by.items()
-    }
-    panels = [(f"auxiliary share by {kind}", labels[kind], series) for kind, series in by.items()]
-    tables = [
-        ((f"by {kind}", *labels[kind]), [(name, *map(fmt, x)) for name, x in series.items()])
-        for kind, series in by.items()
-    ]
-    return [
-        html_text(
-            "The sum of |A aux| over that of |A aux| + |A user|, for the target tokens of "
-            f"{next(iter(audits.values()))['windows']} windows. First tokens are where a title is chosen. By ablation below: by group (0 is "
-            "the least relevant to auxiliary tokens) and by the token's position in the title."
-        ),
-        html_table(*audit_table(audits)),
-        plotted(panels, 2, "auxiliary share by group and position", *tables),
-    ]
-
-
-def exposure_section(models):
-    """Popularity groups in the lists against the histories, and whom the lists serve; models: {name: metrics}."""
-    some = next(iter(models.values()))["exposure"]
-    shares = {HISTORIES: some["GH"]} | {
-        name: metrics["exposure"]["GP@10"] for name, metrics in models.items()
-    }
-    return [
-        html_text(
-            "What each fifth of the catalogue, by popularity in training, has of the training histories and of the top 10 lists."
-        ),
-        plotted(
-            [("share by popularity group", some["groups"], shares)],
-            1,
-            "exposure of popularity groups",
-            (("", *some["groups"]), [(name, *map(fmt, x)) for name, x in shares.items()]),
-        ),
-        html_text(NOTE),
-        html_text(
-            "NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to be found:"
-        ),
-        *(
-            html_table(*tercile_table({name: [metrics] for name, metrics in models.items()}, by))
-            for by in ("by user activity", "by item popularity")
-        ),
-    ]
-
-
-def users_section(logs, some=6):
-    """History, truth and every model's list for a few windows, evenly spaced in the file; logs as in `differences`."""
-    first, parts = next(iter(logs.values())), []
-    every = -(-len(first) // some)
-    for i in range(0, len(first), every):
-        columns = [
-            ("history, oldest first", first[i]["history"]),
-            *((name, lines[i]["titles"]) for name, lines in logs.items()),
-        ]
-        parts += [
-            html_text(f"User {first[i]['user']} chose {first[i]['target']}", "lead"),
-            html_lists(columns, {first[i]["target"]}),
-        ]
-    return [
-        html_text(
-            f"One in {every} of {len(first)} windows, not chosen by hand. The title that the user chose is marked."
-        ),
-        *parts,
-    ]
-
-
-def write_report(folder, path=None):
-    """Write a page on all finished losses of the run folder runs/NAME to `path`, by default its report.html -> path.
-
-    Reads files of that folder alone; a part whose file is not there is left out. No finished loss: InputError.
-    """
-    folder = Path(folder)
-    config, groups = read_json(folder / "config.json"), read_json(folder / "groups.json")
-    runs = {
-        loss_name(loss): loss
-        for loss in config["arguments"]["loss"]
-        if (folder / loss / "metrics.json").exists()
-    }
-    if not runs:
-        raise InputError(f"{folder}: none of its losses is finished; go on with gdrt.py --resume")
-    results = {name: read_json(folder / loss / "metrics.json") for name, loss in runs.items()}
-    header, rows = result_table(folder, list(runs.values()))
-    part, arguments, some = header[0], config["arguments"], next(iter(results.values()))
-    models = {BEFORE: some["baselines"]["before"][part]} | {
-        name: result[part] for name, result in results.items()
-    }
-    audits = {BEFORE: some["audit"]["before"]} | {
-        name: result["audit"]["after"] for name, result in results.items()
-    }
-    lists = {name: folder / loss / "predictions.jsonl" for name, loss in runs.items()}
-    logs = {
-        name: [line for _, line in read_lines(file)]
-        for name, file in lists.items()
-        if file.exists()
-    }
-    heat = next(
-        (
-            file
-            for loss in reversed(runs.values())
-            if (file := folder / loss / "heatmap.json").exists()
-        ),
-        None,
-    )
-    sections = {
-        "Results": [
-            html_text(
-                f"{config['facts'][f'{part} windows']:,} {part} windows; all {config['facts']['items']:,} titles ranked. MGU, DGU: distance between the "
-                "popularity of what is listed and of what was chosen in training, the lower the fairer. Aux share: how much of the attribution rests "
-                "on the task and the title's own prefix. Seconds: training, with warm-up and relevance."
-            ),
-            html_table(header, rows),
-            *differences(logs),
-        ],
-        "Training": training_section(folder, runs),
-        "Groups": [
-            html_text(
-                f"Target tokens by relevance ({groups['relevance']}) to auxiliary tokens, and the {part} windows' NLL in each group, in nats a token."
-            ),
-            html_table(
-                ("group", "share of tokens", "relevance from", *models),
-                [
-                    (
-                        g,
-                        fmt(share),
-                        fmt(cut),
-                        *(fmt(metrics["group NLL"][g]) for metrics in models.values()),
-                    )
-                    for g, (share, cut) in enumerate(zip(groups["shares"], groups["cuts"]))
-                ],
-            ),
-        ],
-        "Attribution": attribution_section(audits) if all(audits.values()) else None,
-        "Exposure": exposure_section(models),
-        "Users": users_section(logs) if logs else None,
-        "Heat map": [html_heatmap(read_json(heat))] if heat else None,
-        "Settings": [
-            html_details(
-                "Arguments, data, versions, machine",
-                html_table(
-                    ("", ""),
-                    [
-                        *(
-                            (key, ", ".join(value) if isinstance(value, list) else value)
-                            for kind in ("arguments", "facts", "versions", "machine")
-                            for key, value in config[kind].items()
-                        ),
-                        ("commit", config["commit"]),
-                        ("data", config["data"]),
-                    ],
-                ),
-            )
-        ],
-    }
-    sections = {heading: parts for heading, parts in sections.items() if parts}
-    intro = [
-        html_text(
-            f"{arguments['dataset']}, {arguments['split']}, model {arguments['model']}, seed {arguments['seed']}: "
-            f"{' and '.join(runs)} from one start, on the same batches.",
-            "lead",
-        ),
-        html_links(sections),
-    ]
-    page = html_page(
-        f"Run {folder.resolve().name}",
-        *intro,
-        *(html_section(heading, *parts) for heading, parts in sections.items()),
-    )
-    if "<svg" not in page:
-        page = page.replace(
-            "<nav>",
-            html_text(
-                "The plots need matplotlib: pip install matplotlib, then python evaluate.py "
-                f"{folder} --report"
-            )
-            + "<nav>",
-            1,
-        )
-    path = Path(path or folder / "report.html")
-    write_atomic(path, page)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------- the command
 
 
 def parser():
     p = argparse.ArgumentParser(
-        description="Metrics of finished runs, recomputed from their models, side by side with 95% intervals."
+        description="Metrics of finished runs, recomputed from their models, side by side with 95% "
+        "intervals."
     )
     p.add_argument(
         "runs",
@@ -1453,8 +1192,8 @@ def parser():
         metavar="FILE",
         nargs="+",
         default=[],
-        help="ranked lists of other systems, JSON lines such as "
-        '{"user": "196", "position": 54, "titles": [best first]}; position: the user\'s positives before the target',
+        help='ranked lists of other systems, JSON lines such as {"user": "196", "position": 54, '
+        '"titles": [best first]}; position: the user\'s positives before the target',
     )
     p.add_argument(
         "--allow-missing",
@@ -1463,7 +1202,8 @@ def parser():
     )
     p.add_argument(
         "--dataset",
-        help="what --predictions are for, where no RUN is given; --split and --min-rating as for gdrt.py",
+        help="what --predictions are for, where no RUN is given; --split and --min-rating as for "
+        "gdrt.py",
     )
     p.add_argument(
         "--split",
@@ -1487,7 +1227,7 @@ def parser():
 
 
 def losses_of(folder):
-    """runs/NAME/LOSS -> itself; runs/NAME -> the folders of its finished losses, in the order they were trained."""
+    """runs/NAME/LOSS -> itself; runs/NAME -> its finished losses' folders, in order of training."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(
@@ -1495,11 +1235,50 @@ def losses_of(folder):
         )
     if (folder / "model").is_dir() or not (folder / "config.json").exists():
         return [folder]
-    return [
-        folder / loss
-        for loss in read_json(folder / "config.json")["arguments"]["loss"]
-        if (folder / loss / "metrics.json").exists()
-    ] or [folder]
+    losses = read_json(folder / "config.json")["arguments"]["loss"]
+    finished = [folder / loss for loss in losses if (folder / loss / "metrics.json").exists()]
+    return finished or [folder]
+
+
+def evaluate_runs(folders, args):
+    """Results of evaluate_run, of runs on the same windows; says which training wrote otherwise."""
+    runs = [evaluate_run(folder, args.cache, args.data_dir) for folder in folders]
+    for run in runs:
+        if (run["dataset"].digest, run["part"]) != (runs[0]["dataset"].digest, runs[0]["part"]):
+            raise InputError(
+                f"{run['folder']}: other data or windows than {runs[0]['folder']}; "
+                "compare runs on the same split"
+            )
+    return runs
+
+
+def add_predictions(pools, args, dataset, windows):
+    """Give each file of --predictions a pool of its own."""
+    for file in args.predictions:
+        name = Path(file).stem
+        if name in pools:
+            raise InputError(
+                f"--predictions {file}: another column is named {name}; rename the file"
+            )
+        items, scores, missing = read_predictions(
+            file, dataset, windows, allow_missing=args.allow_missing
+        )
+        metrics, per_window = list_metrics(dataset, windows, items, scores)
+        pools[name] = [{"metrics": metrics, "per_window": per_window, "items": items}]
+        for what, n in missing.items():
+            if n:
+                print(f"{file}: {n} {what}, counted as misses")
+
+
+def print_moved(run):
+    """Say whether training wrote the metrics that are found now."""
+    moved = []
+    for name, (before, now) in run["moved"].items():
+        moved.append(f"{name} {before:.4f} and now {now:.4f}")
+    if moved:
+        print(f"{run['folder']}: training wrote other figures: {', '.join(moved)}")
+    else:
+        print(f"{run['folder']}: metrics equal those that training wrote, to 1e-4")
 
 
 def main(argv=None):
@@ -1510,59 +1289,33 @@ def main(argv=None):
     folders = [loss for folder in args.runs for loss in losses_of(folder)]
     if args.report and len({folder.resolve().parent for folder in folders}) != 1:
         raise InputError("--report: it is about one run; name one")
-    runs = [evaluate_run(folder, args.cache, args.data_dir) for folder in folders]
-    for run in runs:
-        if (run["dataset"].digest, run["part"]) != (runs[0]["dataset"].digest, runs[0]["part"]):
-            raise InputError(
-                f"{run['folder']}: other data or windows than {runs[0]['folder']}; compare runs on the same split"
-            )
-    dataset = (
-        runs[0]["dataset"]
-        if runs
-        else load_dataset(
+    runs = evaluate_runs(folders, args)
+    if runs:
+        dataset = runs[0]["dataset"]
+        part = runs[0]["part"]
+    else:
+        dataset = load_dataset(
             args.dataset, args.data_dir, args.cache, args.split, min_rating=args.min_rating
         )
-    )
-    part, pools = runs[0]["part"] if runs else "test", pool(runs)
+        part = "test"
     windows = getattr(dataset, part)
-    for file in args.predictions:
-        if Path(file).stem in pools:
-            raise InputError(
-                f"--predictions {file}: another column is named {Path(file).stem}; rename the file"
-            )
-        items, scores, missing = read_predictions(
-            file, dataset, windows, allow_missing=args.allow_missing
-        )
-        metrics, per_window = list_metrics(dataset, windows, items, scores)
-        pools[Path(file).stem] = [{"metrics": metrics, "per_window": per_window, "items": items}]
-        for what, n in missing.items():
-            if n:
-                print(f"{file}: {n} {what}, counted as misses")
+    pools = pool(runs)
+    add_predictions(pools, args, dataset, windows)
     for run in runs:
-        moved = ", ".join(
-            f"{name} {before:.4f} and now {now:.4f}" for name, (before, now) in run["moved"].items()
-        )
-        print(
-            f"{run['folder']}: "
-            + (
-                f"training wrote other figures: {moved}"
-                if moved
-                else "metrics equal those that training wrote, to 1e-4"
-            )
-        )
-    print(
-        f"{len(windows)} {part} windows of {dataset.name}; [95% interval: users and seeds resampled]"
-        + "; * difference without zero" * (len(pools) > 1)
-    )
-    print(format_table(*comparison(pools, dataset, windows)))
-    print(NOTE)
+        print_moved(run)
+    star = "; * difference without zero" if len(pools) > 1 else ""
+    intervals = f"[95% interval: users and seeds resampled]{star}"
+    print(f"{len(windows)} {part} windows of {dataset.name}; {intervals}")
+    print_table(*comparison(pools, dataset, windows))
+    print(textwrap.fill(NOTE, 100) + "\n")
     metrics = {name: [run["metrics"] for run in members] for name, members in pools.items()}
-    for by in ("by user activity", "by item popularity"):
-        print("\n" + format_table(*tercile_table(metrics, by)))
+    for by in TERCILES:
+        print_table(*tercile_table(metrics, by))
     if args.report:
-        print(
-            f"report: {write_report(folders[0].resolve().parent, None if args.report is True else args.report)}"
-        )
+        from report import write_report
+
+        file = None if args.report is True else args.report
+        print(f"report: {write_report(folders[0].resolve().parent, file)}")
 
 
 if __name__ == "__main__":

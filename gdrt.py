@@ -249,8 +249,8 @@ from evaluate import (
     read_lines,
     result_table,
     write_predictions,
-    write_report,
 )
+from report import write_report
 
 FORMAT = 2  # of checkpoint.pt; another number is not read
 BEGAN = time.perf_counter()  # of this process

@@ -17,7 +17,7 @@ from data import (
     make_prompts,
     positions,
 )
-from evaluate import rank
+from evaluate import rank, rank_by_definition
 
 GAP = 1e-4  # nats; titles closer than this may stand in either order
 
@@ -132,6 +132,32 @@ def test_odd_catalogues(name, kind, softmax):
             k,
             keep_seen,
         )
+
+
+def same_lists(model, prompts, windows, k, **options):
+    """The definition and the batched search: the same titles in the same order, scores to 1e-5."""
+    ranking = rank(model, prompts, windows, k, **options)
+    for items, scores, window in zip(ranking.items, ranking.scores, windows):
+        best = rank_by_definition(model, prompts, window, k)
+        assert items[: len(best)].tolist() == [item for item, _ in best]
+        assert scores[: len(best)] == pytest.approx([score for _, score in best], abs=1e-5)
+        assert (items[len(best) :] == -1).all()
+
+
+def test_the_batched_search_lists_what_the_definition_lists(toy):
+    dataset, model, _, prompts = toy
+    same_lists(model, prompts, dataset.test[:4], 10)
+
+
+@pytest.mark.parametrize("name", CATALOGUES)
+def test_the_definition_on_odd_catalogues(name):
+    n, lengths, letters = CATALOGUES[name]
+    prompts = random_prompts(4, n, lengths=lengths, letters=letters)
+    model = small_model(scale=0.5)
+    items = tuple(np.random.default_rng(1).permutation(n).tolist())
+    windows = [Window(0, items[:1] * 2, 0, 1), Window(1, items + items[:1], 0, n // 2 + 1)]
+    for k in (1, 5, n + 3):
+        same_lists(model, prompts, windows, k, width=3, rows=2)
 
 
 def test_a_title_that_begins_another():

@@ -1,16 +1,16 @@
 """The report and the heat map on a made-up run folder: escaped, self-contained, with and without matplotlib."""
 
 import builtins
-import html
 import json
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import escape
 
-import attribution
-import evaluate
+import report
+from attribution import format_table
 from data import InputError
 
 EVIL = "<script>alert(1)</script> & \"Sons' (1999)"
@@ -162,11 +162,11 @@ def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
                     for i in range(n)
                 ],
             )
-    write(folder / "gdrt" / "heatmap.json", record())
+    write(folder / "gdrt" / "heatmap.json", heat_record())
     return folder
 
 
-def record():
+def heat_record():
     """A token_attribution record whose tokens and names are hostile."""
     return {
         "tokens": ["<bos>", "Rank\n", "<b>", "</b>", '"a', " & b"],
@@ -250,14 +250,14 @@ def without_matplotlib(monkeypatch):
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
     folder = make_run(tmp_path / "run")
-    path = evaluate.write_report(folder)
+    path = report.write_report(folder)
     assert path == folder / "report.html"
     text = path.read_text(encoding="utf-8")
     page = check(text)
     shown = "".join(page.text)
     assert (
         EVIL in shown
-        and html.escape(EVIL) in text
+        and escape(EVIL) in text
         and "alert" not in "".join(tag for tag, _ in page.tags)
     )
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
@@ -283,13 +283,13 @@ def test_report(tmp_path):
     assert "GDRT less SFT: NDCG@10" in shown
     for loss in LOSSES:  # the first window is shown, whole
         line = json.loads((folder / loss / "predictions.jsonl").read_text().split("\n")[0])
-        assert all(html.escape(title) in text for title in line["titles"] + line["history"])
-    again = evaluate.write_report(folder, tmp_path / "again.html")
+        assert all(escape(title) in text for title in line["titles"] + line["history"])
+    again = report.write_report(folder, tmp_path / "again.html")
     assert again.read_text() == text  # the same files, the same page
 
 
 def test_report_without_matplotlib(tmp_path, without_matplotlib):
-    text = evaluate.write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    text = report.write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
     page = check(text)
     assert not any(tag == "svg" for tag, _ in page.tags) and "pip install matplotlib" in text
     folds = [attributes for tag, attributes in page.tags if tag == "details"]
@@ -301,7 +301,7 @@ def test_report_without_matplotlib(tmp_path, without_matplotlib):
 
 def test_report_of_validation_alone(tmp_path):
     """A run with --no-test has no test metrics, no audit and no predictions: those sections are left out."""
-    text = evaluate.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
+    text = report.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
         encoding="utf-8"
     )
     assert [a["id"] for tag, a in check(text).tags if tag == "section"] == [
@@ -317,27 +317,25 @@ def test_report_of_validation_alone(tmp_path):
 def test_report_of_what_is_finished(tmp_path):
     folder = make_run(tmp_path / "run")
     (folder / "gdrt" / "metrics.json").unlink()
-    assert "GDRT" not in Page(evaluate.write_report(folder).read_text()).text
+    assert "GDRT" not in Page(report.write_report(folder).read_text()).text
     (folder / "sft" / "metrics.json").unlink()
     with pytest.raises(InputError, match="none of its losses is finished"):
-        evaluate.write_report(folder)
+        report.write_report(folder)
     with pytest.raises(InputError, match="config.json"):
-        evaluate.write_report(tmp_path / "nowhere")
+        report.write_report(tmp_path / "nowhere")
 
 
 def test_long_and_short_logs(tmp_path):
     for steps in (1, 3, 500):
-        check(
-            evaluate.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text()
-        )
+        check(report.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text())
 
 
 # ------------------------------------------------------------------------------------------------ primitives
 
 
-def test_heatmap():
-    text = attribution.html_page(EVIL, attribution.html_heatmap(record()))
-    page = check(text)
+def test_heatmap(tmp_path):
+    report.write_page(tmp_path / "page.html", title=EVIL, record=heat_record())
+    page = check((tmp_path / "page.html").read_text(encoding="utf-8"))
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
     assert (
         "+1.2500 nats" in hover
@@ -353,14 +351,13 @@ def test_heatmap():
 
 
 def test_shade_is_centred_on_zero():
-    colour = lambda *args: [int(c) for c in re.findall(r"\d+", attribution.shade(*args))]  # noqa: E731
+    colour = lambda *args: [int(c) for c in re.findall(r"\d+", report.shade(*args))]  # noqa: E731
     assert colour(0, 2) == [255] * 3 and colour(1, 0) == [255] * 3
-    for sign, full in (1, attribution.RAISES), (-1, attribution.LOWERS):
+    for sign, full in (1, report.RAISES), (-1, report.LOWERS):
         assert tuple(colour(2 * sign, 2)) == tuple(colour(9 * sign, 2)) == full
         assert colour(sign, 2) == [round((255 + c) / 2) for c in full]
     assert (
-        attribution.RAISES[2] > attribution.RAISES[0]
-        and attribution.LOWERS[0] > attribution.LOWERS[2]
+        report.RAISES[2] > report.RAISES[0] and report.LOWERS[0] > report.LOWERS[2]
     )  # blue up, orange down
 
 
@@ -373,25 +370,43 @@ def test_dark_text_on_every_shade():
             for w, c in zip((0.2126, 0.7152, 0.0722), np.array(rgb) / 255)
         )
 
-    for colour in attribution.RAISES, attribution.LOWERS:
+    for colour in report.RAISES, report.LOWERS:
         assert (luminance(colour) + 0.05) / (luminance((0x23, 0x28, 0x2E)) + 0.05) > 4.5
 
 
 def test_tables_escape():
-    text = attribution.html_page(
-        "t",
-        attribution.html_table(("<th>", EVIL), [(EVIL, 1), ("<td>", None)]),
-        attribution.html_lists([(EVIL, [EVIL, "b"])], {EVIL}),
-        attribution.html_details(EVIL, ""),
-        attribution.html_section(EVIL, attribution.html_text(EVIL)),
-    )
-    assert Page(text).text.count(EVIL) == 7 and not any(
-        tag == "script" for tag, _ in Page(text).tags
-    )
+    macros = report.PAGE.module
+    plot = {
+        "svg": "",
+        "shows": EVIL,
+        "tables": [(("<th>", EVIL), [(EVIL, 1), ("<td>", [EVIL, 2])])],
+    }
+    text = macros.figure(plot) + macros.titles(EVIL, [EVIL, "b"], EVIL) + macros.fold(EVIL, [])
+    assert Page(text).text.count(EVIL) == 5
+    assert f"Figures: {EVIL}" in Page(text).text and f"{EVIL}, 2" in Page(text).text
+    assert not any(tag == "script" for tag, _ in Page(text).tags)
+
+
+def test_whatever_a_run_holds_is_escaped(tmp_path):
+    """Names of groups, losses, users and settings are data, too."""
+    folder = make_run(tmp_path / EVIL.replace("/", "|"))
+    for file in folder.rglob("*.json*"):
+        text = file.read_text(encoding="utf-8")
+        for word in (
+            '"1 least popular"',
+            '"relevance": "gradient"',
+            '"tiny"',
+            '"c0ffee"',
+            '"user": "3"',
+        ):
+            text = text.replace(word, word[: word.rindex('"', 0, -1) + 1] + json.dumps(EVIL)[1:])
+        file.write_text(text, encoding="utf-8")
+    page = check(report.write_report(folder).read_text(encoding="utf-8"))
+    assert sum(EVIL in text for text in page.text) >= 8
 
 
 def test_format_table():
     assert (
-        attribution.format_table(("name", "n"), [("a", 1), ("long name", 100)])
+        format_table(("name", "n"), [("a", 1), ("long name", 100)])
         == "name         n\n--------------\na            1\nlong name  100"
     )
