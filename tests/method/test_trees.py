@@ -3,6 +3,7 @@
 import copy
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import prompt_of, random_prompts, random_windows, separate_nll, small_model
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import gdrt
 from data import (
+    TITLE,
     InputError,
     Window,
     build_tree,
@@ -21,8 +23,13 @@ from data import (
     build_trie,
     by_shared_prefix,
     collate,
+    is_branching,
+    legal_continuations,
+    legal_tokens,
     load_dataset,
+    log_softmax_over,
     make_prompts,
+    one_prompt,
     supports_packing,
     target_logits,
 )
@@ -81,6 +88,58 @@ def causal(batch):
 
 def absolute(batch):
     return batch._replace(position=torch.arange(batch.ids.shape[1]).expand_as(batch.ids))
+
+
+def path_to(tree, node):
+    """Nodes from the root of a tree to `node`."""
+    path = [node]
+    while path[-1] > 0:
+        path.append(int(tree.parent[path[-1]]))
+    return path[::-1]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_trees_are_the_prompts_packed(bos, pack):
+    """Read from the root to each target, a tree is the prompt of its window, with its segments."""
+    prompts = random_prompts(2, bos=bos)
+    windows = random_windows(12, 2)
+    found = set()
+    trees = build_trees(prompts, windows, pack)
+    assert any(map(is_branching, trees)) == pack
+    for tree in trees:
+        for n, label in enumerate(tree.label.tolist()):
+            ids, segments, first = one_prompt(prompts, windows[tree.window[n]])
+            path = path_to(tree, int(tree.predict_at[n]))
+            stop = first + int(tree.place[n])
+            assert tree.ids[path].tolist() + [label] == ids[: stop + 1]
+            assert tree.segment[path].tolist() == segments[:stop]
+            assert tree.position[path].tolist() == list(range(stop))
+            found.add((int(tree.window[n]), stop))
+    expected = set()
+    for i, window in enumerate(windows):
+        ids, segments, first = one_prompt(prompts, window)
+        assert segments[first:] == [TITLE] * (len(ids) - first)
+        expected |= {(i, stop) for stop in range(first, len(ids))}
+    assert found == expected
+
+
+def test_the_trie_is_the_legal_continuations_packed():
+    """Each target's flat list holds the legal tokens; log-softmax over it is -inf elsewhere."""
+    prompts = random_prompts(5, n=30, letters=6)
+    batch = collate(build_trees(prompts, random_windows(30, 5)))
+    legal = legal_continuations([title + [prompts.eos] for title in prompts.titles])
+    owner, token, chosen = legal_tokens(batch, prompts.trie)
+    logits = torch.randn(len(batch.label), 40)
+    flat = log_softmax_over(logits, owner, token)
+    for n, (item, place) in enumerate(zip(batch.item.tolist(), batch.place.tolist())):
+        allowed = legal[tuple(prompts.titles[item][:place])]
+        assert sorted(token[owner == n].tolist()) == sorted(allowed)
+        masked = torch.full((40,), -torch.inf)
+        masked[sorted(allowed)] = logits[n, sorted(allowed)]
+        expected = masked.log_softmax(-1)[batch.label[n]]
+        assert flat[chosen[n]].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert np.unique(owner).tolist() == list(range(len(batch.label)))
 
 
 @pytest.mark.parametrize("pack", [True, False])
