@@ -1,50 +1,20 @@
 """How much a target token owes to the auxiliary tokens and how much to the user; groups of like r.
 
 The auxiliary tokens of a target token are the task's words and the title's own prefix. Read down to
-the ruler: two ways to attribute log p of a target token to a segment of its prompt, the relevance r
-that follows, and the cut of all target tokens into groups by r.
+the ruler: the attribution of log p of a target token to a segment of its prompt, the relevance r
+that follows from it, and the cut of all target tokens into groups by r.
 
     symbol   paper / docs            here
-    a        task, prefix            segments TEMPLATE and TITLE (auxiliary tokens)
-    u        user interactions       segment USER
+    a, u     auxiliary, user tokens  segments TEMPLATE and TITLE, segment USER
     A_S(t)   attribution, nats       `segment_gradient`, `ablations`  (N,)
     r        relevance, in [0, 1]    `ratio`: (|A_aux| + c) / (|A_aux| + |A_user| + c)
 """
 
-import argparse
-import contextlib
-import heapq
-import itertools
-
 import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
-from data import (
-    BOS,
-    PAD,
-    TEMPLATE,
-    TITLE,
-    USER,
-    Batch,
-    InputError,
-    Window,
-    attention,
-    build_tree,
-    build_trees,
-    by_length,
-    by_shared_prefix,
-    collate,
-    legal_tokens,
-    limit_onednn_cache,
-    load_run,
-    log_softmax_over,
-    logits_at,
-    run_command,
-    target_logits,
-)
+from data import TEMPLATE, TITLE, USER, InputError, build_trees, legal_tokens, target_logits
 
 AUXILIARY = (TEMPLATE, TITLE)
 POINTS = 4  # on the path; rank correlation of r with its limit, the ablation: 0.74 at 2, 0.91 at 4
@@ -79,24 +49,6 @@ def segment_gradient(model, batch, segment, points=POINTS, trie=None):
             logits, tangent = forward_ad.unpack_dual(target_logits(model, batch, embeds=dual))
         total = total + log_prob_derivative(logits, tangent, batch.label, legal)  # (N,)
     return total / points
-
-
-def ablations(model, batch, segments, tries=(None,)):
-    """log p - log p with a segment at the baseline -> (len(tries), len(segments), N) nats.
-
-    This is what `segment_gradient` tends to with more points (Feature Ablation). The forwards are
-    shared: one as it is and one a segment, whatever the number of softmaxes in `tries`.
-    """
-    legal = [trie and legal_tokens(batch, trie) for trie in tries]
-
-    def log_probs(embeds):  # (B, T, D) -> (len(tries), N)
-        logits = target_logits(model, batch, embeds)  # (N, V)
-        return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])
-
-    E, _ = path_ends(model, batch, ())
-    own = log_probs(E)
-    without = [log_probs(E - path_ends(model, batch, segment)[1]) for segment in segments]
-    return torch.stack([own - ablated for ablated in without], dim=1)
 
 
 def ratio(aux, user, floor=FLOOR):
@@ -162,6 +114,49 @@ def cut(r, weight, n_groups):
 
 # ---------------------------------------------------------------- below: plumbing
 
+import argparse
+import contextlib
+import heapq
+import itertools
+
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from data import (
+    BOS,
+    PAD,
+    Batch,
+    Window,
+    attention,
+    build_tree,
+    by_length,
+    by_shared_prefix,
+    collate,
+    limit_onednn_cache,
+    load_run,
+    log_softmax_over,
+    logits_at,
+    run_command,
+)
+
+
+def ablations(model, batch, segments, tries=(None,)):
+    """log p - log p with a segment at the baseline -> (len(tries), len(segments), N) nats.
+
+    This is what `segment_gradient` tends to with more points (Feature Ablation). The forwards are
+    shared: one as it is and one a segment, whatever the number of softmaxes in `tries`.
+    """
+    legal = [trie and legal_tokens(batch, trie) for trie in tries]
+
+    def log_probs(embeds):  # (B, T, D) -> (len(tries), N)
+        logits = target_logits(model, batch, embeds)  # (N, V)
+        return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])
+
+    E, _ = path_ends(model, batch, ())
+    own = log_probs(E)
+    without = [log_probs(E - path_ends(model, batch, segment)[1]) for segment in segments]
+    return torch.stack([own - ablated for ablated in without], dim=1)
+
 
 def mean_embedding(embedding):
     """Mean over the vocabulary of what the embedding layer returns, (D,): some layers scale it."""
@@ -187,7 +182,7 @@ def forward_mode(model):
 class FastForwardAD(TorchFunctionMode):
     """Forward mode through linear layers and softmax without PyTorch's detours.
 
-    PyTorch takes a third matrix product, for the weight's zero tangent, and three exponentials more.
+    PyTorch takes a third matrix product, for the weight's zero tangent, and more exponentials.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -215,8 +210,8 @@ def label_log_prob(logits, label, legal=None):
 def log_prob_derivative(logits, tangent, label, legal=None):
     """d log p (N,) of labels for logits (N, V) moving along tangent (N, V).
 
-    This is the sum over v != y of p_v (dz_y - dz_v). The textbook form dz_y - sum_v p_v dz_v cancels
-    to rounding noise where p_y is near 1; this one does not.
+    This is the sum over v != y of p_v (dz_y - dz_v). The textbook form dz_y - sum_v p_v dz_v
+    cancels to rounding noise where p_y is near 1; this one does not.
     """
     own = tangent.gather(-1, label[:, None])  # (N, 1)
     if legal is None:
@@ -299,7 +294,7 @@ def sample_windows(windows, seed):
 
 
 def mean_by_place(values, item, place, prompts):
-    """Means of values (N,) of target tokens by title and place in it -> (items, L), NaN where there is none."""
+    """Means of values (N,) by title and place in the title -> (items, L), NaN where none is."""
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
     total, count = np.zeros(shape), np.zeros(shape)
     np.add.at(total, (item, place), values)
@@ -344,7 +339,7 @@ def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=No
 
 
 def own_prompt_mask(position, seen):
-    """(B, 1, T, T) additive: a token sees itself and the `seen` (B, T) tokens before it in its prompt."""
+    """(B, 1, T, T) additive: a token sees itself and those of `seen` (B, T) before it, same prompt."""
     B, T = position.shape
     prompt = (position == 0).cumsum(1)  # (B, T) number of the prompt in its row
     visible = (prompt[:, :, None] == prompt[:, None, :]) & seen[:, None, :]  # (B, T, T)
@@ -366,10 +361,10 @@ def without_user(batch):
 
 
 def token_relevance(model, batch, method="gradient", points=POINTS):
-    """Relevance r (N,) of a plain_batch's target tokens to their auxiliary tokens, vocabulary softmax.
+    """Relevance r (N,) of a plain_batch's target tokens, with the softmax over the vocabulary.
 
     Every token that is not the user's is auxiliary. method: "gradient", "ablation" or
-    "probability", as in `relevance`. `on_tokens` lays r, or groups made of it by `cut`, over (B, T).
+    "probability", as in `relevance`. `on_tokens` lays r, or the groups of `cut`, over (B, T).
     """
     with forward_mode(model):
         if method == "probability":
@@ -443,13 +438,15 @@ CHUNK = 16  # prompts forwarded at once
 def token_attribution(
     model, tokenizer, prompts, window, method="gradient", steps=PATH_STEPS, device="cpu"
 ):
-    """Attribution, in nats, of each target token of one prompt to each input token -> dict for the table and the page.
+    """Attribution in nats of each target token of one prompt to each of its input tokens -> dict.
 
-    'gradient': integrated gradients; all tokens but BOS move together from the mean embedding to their own, so a row of
-    values sums to log p(prompt) - log p(baseline) up to `gap`, the error of the quadrature relative to that difference.
-    'ablation': log p - log p with that one token at the baseline; a row need not sum to anything, and there is no gap.
+    'gradient': integrated gradients; all tokens but BOS move together from the mean embedding to
+    their own, so a row of values sums to log p(prompt) - log p(baseline) up to `gap`, the error of
+    the quadrature relative to that difference. 'ablation': log p - log p with that one token at the
+    baseline; a row need not sum to anything, and there is no gap.
 
-    Keys: tokens [T], targets [N], log_prob [N], values [N][T], spans [{name, kind, start, end}], method, steps, gap.
+    Keys: tokens [T], targets [N], log_prob [N], values [N][T], spans [{name, kind, start, end}],
+    method, steps (points of the path), gap.
     """
     tree = build_tree(prompts, [window], [0])
     one = collate([tree], device)
@@ -500,7 +497,7 @@ def token_attribution(
 
 
 def prompt_spans(prompts, window, tree):
-    """The prompt's parts in order: [{name, kind, start, end}], kind one of bos, template, user (an item each), title."""
+    """The parts of a prompt: [{name, kind, start, end}], kind bos, template, user (an item) or title."""
     spans, at = [], 0
 
     def span(name, kind, length):
@@ -519,13 +516,13 @@ def prompt_spans(prompts, window, tree):
 
 
 def span_sums(record):
-    """(spans, N + 1) sums of a record's values over each span; the last column is over all target tokens."""
+    """(spans, N + 1) sums of a record's values over each span; the last column: all target tokens."""
     values = np.array(record["values"])  # (N, T)
     sums = np.stack([values[:, s["start"] : s["end"]].sum(1) for s in record["spans"]])
     return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ---------------------------------------------------------------- tables
 
 
 def format_table(header, rows):
@@ -541,7 +538,7 @@ def format_table(header, rows):
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------- the command
 
 
 def name_items(record, titles):
@@ -553,11 +550,12 @@ def name_items(record, titles):
 
 
 def choose_window(dataset, user=None, title=None):
-    """The user's last test window (default: the first test user's), its target replaced by `title` where given."""
+    """The user's last test window (default: the first user's), its target replaced by `title`."""
     windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
     if not windows:
         raise InputError(
-            f"--user {user}: no test window of this user; users are such as {', '.join(dataset.users[:5])}"
+            f"--user {user}: no test window of this user; "
+            f"users are such as {', '.join(dataset.users[:5])}"
         )
     window = windows[0] if user is None else windows[-1]
     if title is None:
@@ -619,7 +617,8 @@ def main(argv=None):
         ("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}")
     )
     print(
-        f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: attribution by {args.method} in nats"
+        f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: "
+        f"attribution by {args.method} in nats"
     )
     print(
         format_table(

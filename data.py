@@ -11,7 +11,6 @@
 No MovieLens data here: its licence forbids redistribution; `fetch_movielens` gets it.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -30,22 +29,6 @@ def history_start(stop, history):
     H targets in a row share their start, so that one packed tree can serve them all (our choice).
     """
     return max(0, (stop // history - 1) * history)
-
-
-@dataclass(frozen=True)
-class Dataset:
-    name: str
-    domain: str  # key of DOMAINS
-    titles: list  # item -> title, all different
-    genres: list  # item -> tuple of genres, () where unknown
-    users: list  # user -> id in the source
-    train: list  # windows; those of a user stand together and in order
-    valid: list
-    test: list
-    stats: dict  # what was merged, dropped, tied and kept
-    planted: dict | None  # toy only, see toy_table
-    digest: str  # sha256 over titles, genres and windows
-    ids: list = ()  # item -> its first id in the source
 
 
 # What a token of a prompt belongs to. The tokens auxiliary to a target are TEMPLATE (task and
@@ -128,7 +111,7 @@ import time
 import unicodedata
 import urllib.request
 import zipfile
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +172,22 @@ def write_atomic(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    domain: str  # key of DOMAINS
+    titles: list  # item -> title, all different
+    genres: list  # item -> tuple of genres, () where unknown
+    users: list  # user -> id in the source
+    train: list  # windows; those of a user stand together and in order
+    valid: list
+    test: list
+    stats: dict  # what was merged, dropped, tied and kept
+    planted: dict | None  # toy only, see toy_table
+    digest: str  # sha256 over titles, genres and windows
+    ids: list = ()  # item -> its first id in the source
 
 
 # ------------------------------------------------ titles
@@ -774,7 +773,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
     return table
 
 
-# ------------------------------------------------------------------------------------------------ toy
+# ------------------------------------------------ toy
 
 # What a shop sells: a taste, and the words that say so in the title of every such product.
 TASTES = {

@@ -68,27 +68,6 @@ def accuracy(items, scores, targets, ks=(5, 10)):
     return found
 
 
-def popularity_groups(count, titles, n_groups=GROUPS):
-    """(names, membership (items, G)): groups of equally many items, by count and then by title."""
-    order = sorted(range(len(titles)), key=lambda i: (count[i], titles[i]))
-    group = np.empty(len(titles), dtype=int)
-    group[order] = np.arange(len(titles)) * n_groups // len(titles)
-    inner = [str(g) for g in range(2, n_groups)]
-    return ["1 least popular", *inner, f"{n_groups} most popular"], np.eye(n_groups)[group]
-
-
-def listed_groups(items, member):
-    """What each list shows of each group: items (..., K), membership (items, G) -> (..., G)."""
-    nothing = np.zeros((1, member.shape[1]))
-    return np.concatenate([member, nothing])[items].sum(-2)  # -1, no item, is the row of zeros
-
-
-def proportions(amounts):
-    """(..., G) amounts -> shares of their sum; 0 where there is nothing."""
-    total = amounts.sum(-1, keepdims=True)
-    return amounts / np.where(total > 0, total, 1)
-
-
 def fairness(GP, GH):
     """(MGU, DGU) over the last axis (..., G): MGU = mean |GU|, DGU = max GU - min GU, GU = GP - GH.
 
@@ -469,6 +448,28 @@ class SeparatePrompts:
 
 
 # ---------------------------------------------------------------- metrics of ranked lists
+
+
+def popularity_groups(count, titles, n_groups=GROUPS):
+    """(names, membership (items, G)): groups of equally many items, by count and then by title."""
+    order = sorted(range(len(titles)), key=lambda i: (count[i], titles[i]))
+    group = np.empty(len(titles), dtype=int)
+    group[order] = np.arange(len(titles)) * n_groups // len(titles)
+    inner = [str(g) for g in range(2, n_groups)]
+    return ["1 least popular", *inner, f"{n_groups} most popular"], np.eye(n_groups)[group]
+
+
+def listed_groups(items, member):
+    """What each list shows of each group: items (..., K), membership (items, G) -> (..., G)."""
+    nothing = np.zeros((1, member.shape[1]))
+    return np.concatenate([member, nothing])[items].sum(-2)  # -1, no item, is the row of zeros
+
+
+def proportions(amounts):
+    """(..., G) amounts -> shares of their sum; 0 where there is nothing."""
+    total = amounts.sum(-1, keepdims=True)
+    return amounts / np.where(total > 0, total, 1)
+
 
 NOTE = (
     "MGU depends on the number of groups: the group differences sum to at most 2, so with G groups "

@@ -5,15 +5,13 @@ and the title's own prefix) and neglects the user's history. GDRT groups the tar
 relevance to the auxiliary tokens and minimises a group-DRO objective over the groups, so that
 badly served groups weigh more (arXiv 2510.10978, reconstructed from its abstract).
 
-    symbol        docs                       here
-    y_t           target token               label
-    r             relevance                  attribution.relevance
+    symbol        meaning                    here
     g, K          group of a token, number   group, n_groups
     L_g, n_g      mean NLL, number of tokens group_loss, count
     q_g           weight of group g          q
     tau, prior    temperature, anchor of q   tau, prior
 
-Read data.py, attribution.py and evaluate.py first, each down to its ruler; then this file to its own.
+Read data.py, attribution.py and evaluate.py first, each down to its ruler, then this file.
 """
 
 import contextlib
@@ -68,39 +66,21 @@ def sft_rule(group_loss, count, state):
 
 def gdrt_rule(tau, prior):
     """GDRT: q in closed form from this batch's group means."""
-
-    def rule(group_loss, count, state):
-        return group_weights(group_loss, count, tau, prior), state
-
-    return rule
-
-
-def group_dro_rule(eta):
-    """Online group DRO (Sagawa et al. 2020, arXiv 1911.08731): each step, q_g ~ q_g exp(eta L_g).
-
-    The state is log q (K,). An absent group has L_g = 0 here: it keeps its log q until normalised.
-    """
-
-    def rule(group_loss, count, state):
-        log_q = torch.log_softmax(state + eta * group_loss, dim=0)  # (K,)
-        return log_q.exp(), log_q
-
-    return rule
+    return lambda group_loss, count, state: (group_weights(group_loss, count, tau, prior), state)
 
 
 # ---------------------------------------------------------------- the step and the loop
 
 
 def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
-    """One update on the global batch `trees` -> (the rule's next state, a line for metrics.jsonl).
+    """One update on the global batch `trees` -> (next state of the rule, line for metrics.jsonl).
 
-    group_of: (items, L) int64, the group of each title's tokens. rule: see above.
+    group_of (items, L): the group of each title's tokens, int64.
     """
     batches = micro_batches(trees, cfg)
     groups = [group_of[batch.item, batch.place] for batch in batches]  # (N,) each
 
     # 1. The mean NLL of every group over the global batch: all micro-batches of all ranks.
-    # A single micro-batch needs one forward pass for this and for the gradient.
     single = len(batches) == 1
     with contextlib.nullcontext() if single else replayed_without_gradient(cfg):
         nlls = [token_nll(model, batch, prompts, cfg) for batch in batches]  # (N,) each
@@ -122,14 +102,7 @@ def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return state, {
-        "loss": (q * group_loss).sum().item(),
-        "nll": (total.sum() / count.sum()).item(),
-        "group_nll": group_loss.tolist(),
-        "q": q.tolist(),
-        "n": count.long().tolist(),
-        "grad_norm": norm.item(),
-    }
+    return state, log_line(q, group_loss, total, count, norm)
 
 
 def train(
@@ -163,11 +136,11 @@ def run(args):
 
     # 1. Data: windows of a user's history and the title that came next.
     dataset, config = open_dataset(folder, args, cfg)
-    # 2. A model, its tokeniser, every piece of a prompt in tokens; 3. batches, alike for all losses.
+    # 2. A model and every piece of a prompt in tokens; 3. batches, alike for all losses.
     setup = prepare(args, dataset, cfg)
     write_config(folder, config, setup, dataset, cfg)
     untrained = copy.deepcopy(setup.model.state_dict())
-    # 4. SFT warm-up, shared by all losses: only a model that has seen users can be asked about them.
+    # 4. SFT warm-up, shared by all losses: a model without users cannot be asked about them.
     warmup_seconds = warm_up(setup, args.seed, folder / "warmup", cfg)
     # 5. The relevance of every target token to its auxiliary tokens; 6. groups of like relevance.
     groups = form_groups(setup, args, cfg, folder / "groups.json")
@@ -277,7 +250,35 @@ class TrainConfig(NamedTuple):
     save_every: int = 100  # updates between checkpoints
 
 
+# ---------------------------------------------------------------- another rule for q
+
+
+def group_dro_rule(eta):
+    """Online group DRO (Sagawa et al. 2020, arXiv 1911.08731): each step, q_g ~ q_g exp(eta L_g).
+
+    The state is log q (K,). An absent group has L_g = 0 here: it keeps its log q until normalised.
+    """
+
+    def rule(group_loss, count, state):
+        log_q = torch.log_softmax(state + eta * group_loss, dim=0)  # (K,)
+        return log_q.exp(), log_q
+
+    return rule
+
+
 # ---------------------------------------------------------------- parts of the step
+
+
+def log_line(q, group_loss, total, count, norm):
+    """What metrics.jsonl tells of an update. The loss is sum_g q_g L_g, as in `gdrt_loss`."""
+    return {
+        "loss": (q * group_loss).sum().item(),
+        "nll": (total.sum() / count.sum()).item(),
+        "group_nll": group_loss.tolist(),
+        "q": q.tolist(),
+        "n": count.long().tolist(),
+        "grad_norm": norm.item(),
+    }
 
 
 def micro_batches(trees, cfg):
@@ -362,7 +363,7 @@ def learning_rate(step, steps, peak):
 
 
 def make_batches(trees, batch, epochs, seed):
-    """The batches of a whole run: lists of tree indices, each of about `batch` windows, one an update.
+    """The batches of a whole run: one list of tree indices an update, of about `batch` windows.
 
     Every epoch visits every tree once. Neighbours of 20 batches are sorted by length, so that a
     batch wastes little padding; the batches themselves come in random order. Known in advance, it
@@ -1016,7 +1017,7 @@ def parser():
         formatter_class=Help,
         allow_abbrev=False,
         description=__doc__.split("\n\n")[0],
-        epilog="More: README.md. To read a model token by token: attribution.py; to compare runs: evaluate.py.",
+        epilog="To read a model token by token: attribution.py; to compare runs: evaluate.py.",
     )
     add = p.add_argument_group("data").add_argument
     add(
@@ -1033,7 +1034,7 @@ def parser():
     add(
         "--cache",
         metavar="DIR",
-        help="keeps fetched data and the pre-trained tiny model (default: gdrt in the user's cache folder)",
+        help="keeps what was fetched (default: gdrt in the user's cache folder)",
     )
     add(
         "--split",
@@ -1205,11 +1206,13 @@ def main(argv=None):
         complain(error)
     except OSError as error:
         complain(
-            f"{error.filename or args.out}: {error.strerror or error}; what was written before is whole: mend it and add --resume"
+            f"{error.filename or args.out}: {error.strerror or error}; "
+            "what was written before is whole: mend it and add --resume"
         )
     except torch.OutOfMemoryError:
         complain(
-            "the device ran out of memory; raise --accumulate, which leaves the result the same, and add --resume"
+            "the device ran out of memory; raise --accumulate, which leaves the result the same, "
+            "and add --resume"
         )
     except KeyboardInterrupt:
         words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
