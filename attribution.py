@@ -39,6 +39,7 @@ from data import (
     logits_at,
     run_command,
     target_logits,
+    write_atomic,
 )
 
 AUXILIARY = (TEMPLATE, TITLE)
@@ -467,12 +468,12 @@ def main(argv=None):
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
     if args.html:
-        from report import write_page
+        from report import PAGE
 
         title = (
             f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
         )
-        write_page(args.html, title=title, record=record)
+        write_atomic(args.html, PAGE.render(title=title, record=record))
         print(f"page: {args.html}")
 
 

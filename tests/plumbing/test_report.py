@@ -333,9 +333,8 @@ def test_long_and_short_logs(tmp_path):
 # ------------------------------------------------------------------------------------------------ primitives
 
 
-def test_heatmap(tmp_path):
-    report.write_page(tmp_path / "page.html", title=EVIL, record=heat_record())
-    page = check((tmp_path / "page.html").read_text(encoding="utf-8"))
+def test_heatmap():
+    page = check(report.PAGE.render(title=EVIL, record=heat_record()))
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
     assert (
         "+1.2500 nats" in hover
