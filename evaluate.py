@@ -962,10 +962,19 @@ def read_lines(path):
     return found
 
 
+def windows_by_key(dataset, windows):
+    """{(user, position): indices of windows}; with the position None, all of the user's."""
+    by_key = {}
+    for i, w in enumerate(windows):
+        by_key.setdefault((dataset.users[w.user], w.stop), []).append(i)
+        by_key.setdefault((dataset.users[w.user], None), []).append(i)
+    return by_key
+
+
 def find_window(line, place, dataset, windows, by_key, taken):
     """The index of the window that a line is for: the first that fits and is not `taken`.
 
-    by_key: {(user, position, or None for any): indices of windows}. place: file and line number.
+    by_key: see windows_by_key. place: file and line number, for messages.
     """
     user, position = str(line["user"]), line.get("position")
     name = normalize_text(f"user {user}, position {position}")
@@ -1025,10 +1034,7 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
     folders), "target" tells them apart, or else their order.
     """
     known = {title: i for i, title in enumerate(dataset.titles)}
-    by_key = {}
-    for i, w in enumerate(windows):
-        by_key.setdefault((dataset.users[w.user], w.stop), []).append(i)
-        by_key.setdefault((dataset.users[w.user], None), []).append(i)
+    by_key = windows_by_key(dataset, windows)
     lists = {}  # window -> (items, scores)
     for number, line in read_lines(path):
         place = f"{path}:{number}"

@@ -1,4 +1,4 @@
-"""The report and the heat map on a made-up run folder: escaped, self-contained, with and without matplotlib."""
+"""The pages of a made-up run folder: escaped, self-contained, with and without matplotlib."""
 
 import builtins
 import json
@@ -300,7 +300,7 @@ def test_report_without_matplotlib(tmp_path, without_matplotlib):
 
 
 def test_report_of_validation_alone(tmp_path):
-    """A run with --no-test has no test metrics, no audit and no predictions: those sections are left out."""
+    """A run with --no-test has no test metrics, audit or predictions, nor their sections."""
     text = report.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
         encoding="utf-8"
     )
@@ -330,7 +330,7 @@ def test_long_and_short_logs(tmp_path):
         check(report.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text())
 
 
-# ------------------------------------------------------------------------------------------------ primitives
+# ---------------------------------------------------------------- primitives
 
 
 def test_heatmap():
