@@ -19,12 +19,12 @@ GROUPS = 5  # popularity groups of MGU and DGU
 
 @torch.no_grad()
 def rank_by_definition(model, prompts, window, k=10):
-    """The k best titles that are new to the user -> [(item, score)], best first; ours.
+    """The k best titles that are new to the user -> [(item, score)], best first. Our choice.
 
     A title's score is the log-probability of its tokens, EOS included, after the window's prompt,
-    each normalised over the legal continuations: the tokens that some title has at this place.
+    each normalised over the legal continuations: the tokens that some title has after this prefix.
     Scores only fall along a path of the trie. So when the best open prefix is a complete title, no
-    other title can beat it: the search is exact, and opens as few prefixes as an exact one can.
+    other title can beat it: the list is exact, and there is no beam width. model: in eval mode.
     """
     trie = prompts.trie
     prompt = build_tree(prompts, [window], [0], targets=False).ids.tolist()
@@ -408,7 +408,9 @@ class CachedPrompts:
         """(B, 1, S, P + C + S) additive mask of new tokens, whose columns are then known."""
         B, C = self.sees.shape[:2]
         S = tokens.ids.shape[1]
-        row, column, last = tokens.row, tokens.column, tokens.last
+        row = tokens.row
+        column = tokens.column
+        last = tokens.last
         node = tokens.node[row, column]  # (M,)
         above = self.slot[row, self.radix.parent[node]]
         below = above >= 0  # the others start at the root and see their prompt alone
@@ -976,7 +978,8 @@ def find_window(line, place, dataset, windows, by_key, taken):
 
     by_key: see windows_by_key. place: file and line number, for messages.
     """
-    user, position = str(line["user"]), line.get("position")
+    user = str(line["user"])
+    position = line.get("position")
     name = normalize_text(f"user {user}, position {position}")
     if not isinstance(position, (int, type(None))) or (user, position) not in by_key:
         raise InputError(

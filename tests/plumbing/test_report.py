@@ -1,5 +1,6 @@
 """The pages of a made-up run folder: escaped, self-contained, with and without matplotlib."""
 
+import ast
 import builtins
 import json
 import re
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from markupsafe import escape
 
 import report
@@ -245,6 +247,18 @@ def without_matplotlib(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", blocked)
+
+
+def test_the_method_does_not_need_the_pages():
+    """Importing data, attribution or evaluate brings in no report, jinja2 or matplotlib."""
+    names = "report", "jinja2", "matplotlib"
+    for module in ("data", "attribution", "evaluate"):
+        tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                words = ast.unparse(node).replace(",", " ").split()
+                assert not set(words) & set(names), ast.unparse(node)
+    assert len((ROOT / "report.py").read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_report(tmp_path):
