@@ -137,6 +137,7 @@ from data import (
     log_softmax_over,
     logits_at,
     run_command,
+    write_atomic,
 )
 
 
@@ -628,12 +629,12 @@ def main(argv=None):
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
     if args.html:
-        from report import write_page
+        from report import PAGE
 
         title = (
             f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
         )
-        write_page(args.html, title=title, record=record)
+        write_atomic(args.html, PAGE.render(title=title, record=record))
         print(f"page: {args.html}")
 
 

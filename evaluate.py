@@ -19,12 +19,12 @@ GROUPS = 5  # popularity groups of MGU and DGU
 
 @torch.no_grad()
 def rank_by_definition(model, prompts, window, k=10):
-    """The k best titles that are new to the user -> [(item, score)], best first; ours.
+    """The k best titles that are new to the user -> [(item, score)], best first. Our choice.
 
     A title's score is the log-probability of its tokens, EOS included, after the window's prompt,
-    each normalised over the legal continuations: the tokens that some title has at this place.
+    each normalised over the legal continuations: the tokens that some title has after this prefix.
     Scores only fall along a path of the trie. So when the best open prefix is a complete title, no
-    other title can beat it: the search is exact, and opens as few prefixes as an exact one can.
+    other title can beat it: the list is exact, and there is no beam width. model: in eval mode.
     """
     trie = prompts.trie
     prompt = build_tree(prompts, [window], [0], targets=False).ids.tolist()
@@ -387,7 +387,9 @@ class CachedPrompts:
         """(B, 1, S, P + C + S) additive mask of new tokens, whose columns are then known."""
         B, C = self.sees.shape[:2]
         S = tokens.ids.shape[1]
-        row, column, last = tokens.row, tokens.column, tokens.last
+        row = tokens.row
+        column = tokens.column
+        last = tokens.last
         node = tokens.node[row, column]  # (M,)
         above = self.slot[row, self.radix.parent[node]]
         below = above >= 0  # the others start at the root and see their prompt alone
@@ -963,12 +965,22 @@ def read_lines(path):
     return found
 
 
+def windows_by_key(dataset, windows):
+    """{(user, position): indices of windows}; with the position None, all of the user's."""
+    by_key = {}
+    for i, w in enumerate(windows):
+        by_key.setdefault((dataset.users[w.user], w.stop), []).append(i)
+        by_key.setdefault((dataset.users[w.user], None), []).append(i)
+    return by_key
+
+
 def find_window(line, place, dataset, windows, by_key, taken):
     """The index of the window that a line is for: the first that fits and is not `taken`.
 
-    by_key: {(user, position, or None for any): indices of windows}. place: file and line number.
+    by_key: see windows_by_key. place: file and line number, for messages.
     """
-    user, position = str(line["user"]), line.get("position")
+    user = str(line["user"])
+    position = line.get("position")
     name = normalize_text(f"user {user}, position {position}")
     if not isinstance(position, (int, type(None))) or (user, position) not in by_key:
         raise InputError(
@@ -1026,10 +1038,7 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
     folders), "target" tells them apart, or else their order.
     """
     known = {title: i for i, title in enumerate(dataset.titles)}
-    by_key = {}
-    for i, w in enumerate(windows):
-        by_key.setdefault((dataset.users[w.user], w.stop), []).append(i)
-        by_key.setdefault((dataset.users[w.user], None), []).append(i)
+    by_key = windows_by_key(dataset, windows)
     lists = {}  # window -> (items, scores)
     for number, line in read_lines(path):
         place = f"{path}:{number}"

@@ -18,21 +18,21 @@ from data import InputError, read_json, write_atomic
 from evaluate import BEFORE, fmt, loss_name
 
 STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #23282e; background: #fcfcfb; max-width: 68rem;
-  margin: 3rem auto; padding: 0 1.5rem; } section { margin-top: 2.6rem; padding-top: 1.4rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #23282e; background: #fcfcfb;
+  max-width: 68rem; margin: 3rem auto; padding: 0 1.5rem; } svg { max-width: 100%; height: auto; }
+section { margin-top: 2.6rem; padding-top: 1.4rem; } h2 { font-size: 1.2rem; margin: 0; }
 section, .lists, .row { border-top: 1px solid #e3e4e2; } .scroll { overflow-x: auto; }
-h1, h2, h3 { margin: 0; } h2 { font-size: 1.2rem; } h3 { font-size: 1em; }
-p { margin: .3rem 0 .9rem; max-width: 46rem; } p, th, h3 { color: #5b636d; font-weight: normal; }
+p { max-width: 46rem; } p, th, h3 { color: #5b636d; font-weight: normal; }
 p, summary, table, .lists, .row { font-size: .9rem; } p.lead { font-size: 1.05rem; color: inherit; }
-a, summary { color: #2f659f; margin-right: 1.1rem; } svg { max-width: 100%; height: auto; }
+a, summary { color: #2f659f; margin-right: 1.1rem; } h3 { font-size: 1em; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0 1rem; }
 th, td { padding: .32rem .8rem; text-align: right; border-bottom: 1px solid #e8e9e7; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 .lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
-mark, .scale { background: #cfe6d4; } .scale { display: inline-block; width: 11rem; height: 1ch; }
+mark { background: #cfe6d4; } .scale { display: inline-block; width: 11rem; height: 1ch; }
 .row { display: grid; grid-template-columns: 8.5rem 1fr; line-height: 1.95; padding: .7rem 0; }
 .row b, .part { white-space: pre-wrap; } .part small { margin-left: .3rem; padding: 0 .2rem; }
-.part { padding: .1rem .25rem; border: 1px solid #d5d8db; } .bos, .template { border-style: dashed; }
+.part { padding: .1rem .25rem; border: 1px solid #d5d8db; } .template { border-style: dashed; }
 """
 TEMPLATE = """
 {%- macro table(header, rows) -%}
@@ -50,7 +50,7 @@ TEMPLATE = """
 <li>{% if text == marked %}<mark>{{ text }}</mark>{% else %}{{ text }}{% endif %}</li>
 {%- endfor %}</ol></div>{% endmacro -%}
 {%- macro section(heading) %}{% if parts[heading] %}
-<section id="{{ heading|lower|replace(' ', '-') }}"><h2>{{ heading }}</h2>
+<section id="{{ heading|lower|replace(" ", "-") }}"><h2>{{ heading }}</h2>
 {{ caller(parts[heading]) }}</section>{% endif %}{% endmacro -%}
 {%- macro heatmap(record) -%}
 {#- One marker token may outweigh all others: the colours saturate where 2% of the values lie. -#}
@@ -70,13 +70,12 @@ linear-gradient(90deg, {{ shade(-1, 1) }}, #fff, {{ shade(1, 1) }})"></span>
 {{- record.tokens[t]|replace("\\n", "↵") }}</span>{% endfor -%}
 <small style="background:{{ shade(total, 2 * most) }}">{{ "%+.2f"|format(total) }}</small></span>
 {% endfor %}</div></div>{% endfor %}{% endmacro -%}
-<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>{{ style }}</style>
-<meta name="viewport" content="width=device-width, initial-scale=1"></head>
+<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width"><style>{{ style }}</style></head>
 <body><h1>{{ title }}</h1>
 {% if record %}{{ heatmap(record) }}{% elif parts %}
 {% set run = config.arguments %}<p class="lead">{{ run.dataset }}, {{ run.split }}, model
-{{ run.model }}, seed {{ run.seed }}: {{ runs|join(" and ") }} from one start, on the same
-batches.</p>
+{{ run.model }}, seed {{ run.seed }}: {{ runs|join(" and ") }} from one start, same batches.</p>
 {% if not parts.Training.svg %}<p>The plots need matplotlib: pip install matplotlib, then
 python evaluate.py {{ folder }} --report</p>{% endif %}
 <nav>{% for heading, part in parts.items() if part %}
@@ -97,10 +96,10 @@ auxiliary tokens, and the {{ split }} windows' NLL in each group, in nats a toke
 {{ table(*part) }}{% endcall %}
 {%- call(part) section("Attribution") %}<p>The sum of |A aux| over that of |A aux| + |A user|, for
 the target tokens of {{ part.of.windows }} windows. First tokens are where a title is chosen. By
-ablation below: by group (0 is the least relevant to auxiliary tokens) and by place in the title.</p>
-{{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
+ablation below: by group (0 is the least relevant to auxiliary tokens) and by place in the
+title.</p>{{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
-has of the training histories and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ part.note }}</p>
+has of the training histories and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
 <p>NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to
 be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %}
 {%- call(logs) section("Users") %}{% set first = (logs.values()|list)[0] %}
@@ -115,11 +114,9 @@ be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %
 {{ fold("Arguments, data, versions, machine", tables) }}{% endcall %}
 {%- endif %}</body></html>
 """
-# Blue and orange: everybody can tell them apart, and dark text on them stays readable.
-RAISES, LOWERS = (107, 174, 214), (253, 174, 107)
+RAISES, LOWERS = (107, 174, 214), (253, 174, 107)  # blue, orange: everybody tells them apart
 COLOURS = {"histories": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "gdrt", "font.size": 9, "legend.frameon": False}
-LOOK |= {"axes.axisbelow": True, "axes.grid": True, "grid.color": "#e9ebea"}
 
 
 def shade(value, largest):
@@ -129,13 +126,10 @@ def shade(value, largest):
     return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in end))
 
 
+# Rendered with a title and a record it is a heat map, with what write_report gathers a report.
 KNOWN = {"shade": shade, "span_sums": span_sums, "quantile": np.quantile, "abs": np.abs}
+KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE}
 PAGE = jinja2.Environment(autoescape=True).from_string(TEMPLATE, KNOWN)
-
-
-def write_page(path, **content):
-    """Write a page to `path`: a title and a record make a heat map, `parts` a report."""
-    write_atomic(path, PAGE.render(style=Markup(STYLE), **content))
 
 
 def draw(axis, title, x, series, shades):
@@ -144,12 +138,12 @@ def draw(axis, title, x, series, shades):
     if isinstance(x[0], str):
         bars = {name: np.array(y, float) for name, y in series.items()}
         axis.grouped_bar(bars, tick_labels=x, colors=colours, group_spacing=0.4)
-        axis.grid(False, axis="x")
     else:
         n = max(1, len(x) // 40)
         for (name, y), colour in zip(series.items(), colours):
             axis.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), label=name, color=colour)
     axis.set_title(title, loc="left", weight="bold")
+    axis.grid(axis="y", alpha=0.3)
     axis.set_ylim(bottom=0)
     axis.legend()
 
@@ -212,8 +206,7 @@ def exposure_part(models):
     panel = ("share by popularity group", models[BEFORE]["exposure"]["groups"], shares)
     seeds = {name: [metrics] for name, metrics in models.items()}
     tables = [evaluate.tercile_table(seeds, by) for by in evaluate.TERCILES]
-    plot = figure("exposure of popularity groups", 1, [panel])
-    return {"plot": plot, "tables": tables, "note": evaluate.NOTE}
+    return {"plot": figure("exposure of popularity groups", 1, [panel]), "tables": tables}
 
 
 def write_report(folder, path=None):
@@ -227,14 +220,14 @@ def write_report(folder, path=None):
         raise InputError(f"{folder}: none of its losses is finished; go on with gdrt.py --resume")
     table = evaluate.result_table(folder, [run.name for run in runs.values()])
     split = table[0][0]
-    results = {name: read_json(run / "metrics.json") for name, run in runs.items()}
-    before = next(iter(results.values()))
+    before = read_json(next(iter(runs.values())) / "metrics.json")
     models = {BEFORE: before["baselines"]["before"][split]}
-    models |= {name: result[split] for name, result in results.items()}
     audits = {BEFORE: before["audit"]["before"]}
-    audits |= {name: result["audit"]["after"] for name, result in results.items()}
     logs = {}
     for name, run in runs.items():
+        result = read_json(run / "metrics.json")
+        models[name] = result[split]
+        audits[name] = result["audit"]["after"]
         if (run / "predictions.jsonl").exists():
             logs[name] = [line for _, line in evaluate.read_lines(run / "predictions.jsonl")]
     maps = [run / "heatmap.json" for run in runs.values() if (run / "heatmap.json").exists()]
@@ -250,7 +243,8 @@ def write_report(folder, path=None):
         "Heat map": read_json(maps[-1]) if maps else None,
         "Settings": [*settings, (("commit", config["commit"]), [("data", config["data"])])],
     }
-    path = Path(path or folder / "report.html")
     content = {"config": config, "groups": groups, "folder": folder, "runs": runs, "split": split}
-    write_page(path, title=f"Run {folder.resolve().name}", parts=parts, **content)
+    path = Path(path or folder / "report.html")
+    title = f"Run {folder.resolve().name}"
+    write_atomic(path, PAGE.render(title=title, parts=parts, **content))
     return path

@@ -1,4 +1,4 @@
-"""Exact search against scoring every title by itself, and against beam search that is wide enough to be exact."""
+"""Exact search against its definition, every title by itself, and beam search that is exact."""
 
 import copy
 
@@ -23,7 +23,7 @@ GAP = 1e-4  # nats; titles closer than this may stand in either order
 
 
 def title_scores(logits, title, prompts, legal):
-    """Logits (L, V) along one title -> {softmax: sum of its tokens' log-probabilities, EOS included}."""
+    """Logits (L, V) along one title -> {softmax: sum of its tokens' log-probabilities}."""
     tokens, total = [*title, prompts.eos], {"full": 0.0, "trie": 0.0}
     for j, token in enumerate(tokens):
         z = logits[j].double()
@@ -34,7 +34,7 @@ def title_scores(logits, title, prompts, legal):
 
 @torch.no_grad()
 def score_all(model, prompts, windows):
-    """Every title for every window, one prompt and one forward pass each -> {softmax: (windows, titles)}."""
+    """Every title for every window, a forward pass each -> {softmax: (windows, titles)}."""
     legal = continuations(prompts)
     found = [
         [
@@ -69,7 +69,7 @@ def check(ranking, truth, windows, k, keep_seen):
 
 @pytest.fixture(scope="module")
 def scored(toy):
-    """(windows, scores of every title): windows of toy, most of them with histories cut short, to save time."""
+    """(windows, scores of every title): windows of toy, most with short histories to save time."""
     dataset, model, _, prompts = toy
     windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])] + [
         dataset.test[6],
@@ -100,7 +100,8 @@ def test_the_two_normalisations_differ(scored):
     )
 
 
-CATALOGUES = {  # (titles, lengths, letters): many shared prefixes, runs of one continuation, titles that begin other titles
+# (titles, lengths, letters): many shared prefixes, long edges, titles that begin other titles.
+CATALOGUES = {
     "bushy": (30, (1, 5), 3),
     "long runs": (12, (4, 12), 4),
     "one letter": (9, (1, 10), 1),
@@ -256,7 +257,7 @@ def test_scores_that_are_not_numbers_are_an_error(softmax):
 @pytest.mark.parametrize("softmax", ["trie", "full"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
-    """generate() with a beam for every prefix. renormalize_logits takes its softmax after the legal tokens are chosen."""
+    """generate() with a beam for every prefix; renormalize_logits: over the legal tokens."""
     n = 14
     prompts, model = random_prompts(8, n, letters=6, lengths=(2, 5)), small_model(kind, scale=0.5)
     legal = continuations(prompts)
@@ -290,12 +291,12 @@ def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
         assert [theirs[item] for item in ours.items[0]] == pytest.approx(ours.scores[0], abs=GAP)
 
 
-# ------------------------------------------------------------------------------------------------ real data
+# ---------------------------------------------------------------- real data
 
 
 @torch.no_grad()
 def score_all_cached(model, prompts, window, legal, rows=128):
-    """score_all for one window of a large catalogue: the prompt is read once, then copied for each title's own row."""
+    """score_all for one window of a large catalogue: the prompt is read once, then copied."""
     prompt, at, results = torch.tensor([prompt_of(prompts, window)]), 0, []
     order = sorted(range(len(prompts.titles)), key=lambda i: len(prompts.titles[i]))
     first = DynamicCache(config=model.config)

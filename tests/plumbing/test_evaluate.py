@@ -1,4 +1,4 @@
-"""Held-out likelihood, the audit and the command: against separate prompts, explicit forwards, and what training wrote."""
+"""Held-out likelihood, the audit and the command, against separate prompts and forwards."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from data import Dataset, InputError, Window, run_command
 
 
 def world(users=5, seed=0):
-    """(model, prompts, windows, dataset): a random Llama, random titles, four windows for each of some users."""
+    """(model, prompts, windows, dataset): a random Llama, random titles, four windows a user."""
     prompts = random_prompts(seed)
     windows = random_windows(len(prompts.titles), seed, users)
     titles = [f"Title {i}" for i in range(len(prompts.titles))]
@@ -58,7 +58,7 @@ def by_hand(model, prompts, window):
     ]
 
 
-# ------------------------------------------------------------------------------------------------ held-out likelihood
+# ---------------------------------------------------------------- held-out likelihood
 
 
 def test_nlls_are_those_of_separate_prompts():
@@ -70,7 +70,8 @@ def test_nlls_are_those_of_separate_prompts():
     full, legal, groups = [], [], {g: [] for g in range(4)}
     for window in windows:
         tokens = by_hand(model, prompts, window)
-        full.append(sum(tokens[0])), legal.append(sum(tokens[1]))
+        full.append(sum(tokens[0]))
+        legal.append(sum(tokens[1]))
         for j, pair in enumerate(zip(*tokens)):
             groups[group[window.items[window.stop], j]].append(pair)
     assert per_window["NLL"] == pytest.approx(full, abs=1e-4) and per_window[
@@ -89,11 +90,14 @@ def test_nlls_are_those_of_separate_prompts():
     json.dumps(metrics)
 
 
-# ------------------------------------------------------------------------------------------------ audit
+# ---------------------------------------------------------------- audit
 
 
 def attribution_by_hand(model, prompts, window, points=None):
-    """{"aux" | "user": A (L,)} on the separate prompt: by ablation, or by one backward a token at the path's midpoints."""
+    """{"aux" | "user": A (L,)} on the separate prompt.
+
+    By ablation, or by one backward a token at the path's midpoints.
+    """
     labels = prompts.titles[window.items[window.stop]] + [prompts.eos]
     prompt, weight = prompt_of(prompts, window), model.get_input_embeddings().weight.detach()
     E = weight[torch.tensor(prompt + labels[:-1])]  # (T, D)
@@ -124,7 +128,7 @@ def attribution_by_hand(model, prompts, window, points=None):
 
 
 def test_auxiliary_shares_by_hand():
-    """All tokens, first tokens, by group, by place in the title: sums of |A| over windows, then one quotient."""
+    """All tokens, first tokens, by group, by place: sums of |A| over windows, then one quotient."""
     model, prompts, windows, _ = world(users=2)
     group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))
     found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
@@ -193,7 +197,7 @@ def test_histories_are_shuffled_between_users(counts):
 
 
 def test_what_shuffled_histories_lose():
-    """NDCG@10 given, less that of lists for the shuffled histories in which seen titles are still the user's own."""
+    """NDCG@10 given, less that of lists for shuffled histories; seen titles stay the user's own."""
     model, prompts, windows, _ = world()
     own = np.linspace(0.5, 1, len(windows))
     found = evaluate.audit(model, prompts, windows, None, 0, own)[
@@ -213,12 +217,12 @@ def test_what_shuffled_histories_lose():
     assert found == pytest.approx(own.mean() - total / len(windows), abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ the command, on real runs
+# ---------------------------------------------------------------- the command, on real runs
 
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
-    """Folder with runs of gdrt.py: `zero` and `one`, which differ in the seed, and `untested`, with --no-test."""
+    """Runs of gdrt.py: `zero` and `one`, of two seeds, and `untested`, with --no-test."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in (
         ("zero", ["--seed", "0"]),
@@ -292,8 +296,8 @@ def test_other_figures_are_named(runs, tmp_path, capsys):
     assert list(evaluate.evaluate_run(path.parent)["moved"]) == ["NDCG@10", "MGU@5"]
     evaluate.main([str(path.parent)])
     assert (
-        f"{path.parent}: training wrote other figures: NDCG@10 {was + 0.01:.4f} and now {was:.4f}, MGU@5 nan"
-        in capsys.readouterr().out
+        f"{path.parent}: training wrote other figures: "
+        f"NDCG@10 {was + 0.01:.4f} and now {was:.4f}, MGU@5 nan" in capsys.readouterr().out
     )
     shutil.rmtree(tmp_path / "run" / "gdrt" / "model")
     shutil.copytree(runs / "one" / "sft" / "model", tmp_path / "run" / "gdrt" / "model")
@@ -321,7 +325,7 @@ def test_seeds_are_pooled_and_named(runs, capsys):
 
 
 def test_predictions_beside_a_run(runs, capsys, tmp_path):
-    """The run's own lists, given as another system's, score what the run does, and differ from it by nothing."""
+    """The run's own lists, given as another system's, score what the run does."""
     lists = shutil.copy(runs / "zero" / "gdrt" / "predictions.jsonl", tmp_path / "theirs.jsonl")
     evaluate.main([str(runs / "zero" / "gdrt"), "--predictions", str(lists)])
     rows = table_of(capsys.readouterr().out)

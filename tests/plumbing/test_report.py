@@ -1,5 +1,6 @@
-"""The report and the heat map on a made-up run folder: escaped, self-contained, with and without matplotlib."""
+"""The pages of a made-up run folder: escaped, self-contained, with and without matplotlib."""
 
+import ast
 import builtins
 import json
 import re
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from markupsafe import escape
 
 import report
@@ -247,6 +249,18 @@ def without_matplotlib(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", blocked)
 
 
+def test_the_method_does_not_need_the_pages():
+    """Importing data, attribution or evaluate brings in no report, jinja2 or matplotlib."""
+    names = "report", "jinja2", "matplotlib"
+    for module in ("data", "attribution", "evaluate"):
+        tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                words = ast.unparse(node).replace(",", " ").split()
+                assert not set(words) & set(names), ast.unparse(node)
+    assert len((ROOT / "report.py").read_text(encoding="utf-8").splitlines()) <= 250
+
+
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
     folder = make_run(tmp_path / "run")
@@ -300,7 +314,7 @@ def test_report_without_matplotlib(tmp_path, without_matplotlib):
 
 
 def test_report_of_validation_alone(tmp_path):
-    """A run with --no-test has no test metrics, no audit and no predictions: those sections are left out."""
+    """A run with --no-test has no test metrics, audit or predictions, nor their sections."""
     text = report.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
         encoding="utf-8"
     )
@@ -330,12 +344,11 @@ def test_long_and_short_logs(tmp_path):
         check(report.write_report(make_run(tmp_path / f"run{steps}", steps=steps, n=1)).read_text())
 
 
-# ------------------------------------------------------------------------------------------------ primitives
+# ---------------------------------------------------------------- primitives
 
 
-def test_heatmap(tmp_path):
-    report.write_page(tmp_path / "page.html", title=EVIL, record=heat_record())
-    page = check((tmp_path / "page.html").read_text(encoding="utf-8"))
+def test_heatmap():
+    page = check(report.PAGE.render(title=EVIL, record=heat_record()))
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
     assert (
         "+1.2500 nats" in hover
