@@ -20,9 +20,11 @@ from data import (
     InputError,
     clean_title,
     load_dataset,
+    parse_histories,
     parse_items,
     parse_names,
     parse_ratings,
+    parse_sessions,
     parse_windows,
     write_atomic,
 )
@@ -511,6 +513,11 @@ WHOLE = {
     "ratings.dat": b"1::1::5::978300760\n",
     "train.csv": b'user_id,item_ids,timestamp\n1,"[2, 3, 4]",5\n',
     "id2name4Rec.json": b'{"1": "Pen", "2": "Ink"}',
+    "ratings.csv": b"userId,movieId,rating,timestamp\n1,1,4.5,978300760\n",
+    "movies.csv": b'movieId,title,genres\n1,"Film, The (1995)",War|Drama\n',
+    "d3.csv": b"user_id,history_item_title,item_title,history_item_id,item_id,timestamp\n"
+    b"1,\"['Pen', 'Ink']\",Cap,\"[3, 4]\",5,77\n",
+    "x.train.inter": b"user_id:token\titem_id_list:token_seq\titem_id:token\n1\t2 3\t4\n",
 }
 PIECES = [
     b"\t",
@@ -537,6 +544,14 @@ PIECES = [
     b"rating:float",
     b"movie_title:token_seq",
     b"item_ids",
+    b"item_id_list:token_seq",
+    b"history_item_title",
+    b"['a', None]",
+    b"label:float",
+    b"release_year:token",
+    b"genre:token_seq",
+    b"\\N",
+    b"&#99999999999;",
     b"x",
 ]
 
@@ -552,9 +567,13 @@ PIECES = [
         (parse_items, "x.item"),
         (parse_windows, "train.csv"),
         (parse_names, "id2name4Rec.json"),
+        (parse_ratings, "ratings.csv"),
+        (parse_items, "movies.csv"),
+        (parse_histories, "d3.csv"),
+        (parse_sessions, "x.train.inter"),
     ],
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_parsers_refuse_or_read_anything(parse, name, draw):
     noise = draw.draw(
@@ -573,6 +592,9 @@ def test_parsers_refuse_or_read_anything(parse, name, draw):
         data.order_positives(parsed, {row[1]: 0 for row in parsed}, 4, 0)
     elif parse is parse_items:
         assert all(data.merge_titles(*parsed, movie=True)[0])
+        assert data.find_domain(content, name, parsed[1]) in (None, *data.DOMAINS)
+    elif parse is parse_histories:
+        assert all(data.merge_titles(parsed[1], {})[0]) or not parsed[1]
     elif parse is parse_names:
         json.dumps(data.merge_titles(parsed, {})[0]).encode()
 

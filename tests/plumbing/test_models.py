@@ -1,11 +1,14 @@
 """smollm2-135m and what can be amiss with it; titles of every kind; histories that are too long; the GPU where there is one."""
 
 import json
+import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import random_prompts, random_windows, small_model
+from conftest import ROOT, random_prompts, random_windows, small_model
+from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalLM
 
 import data
 import gdrt
@@ -86,7 +89,119 @@ def test_smollm2_from_the_wheel(tmp_path, monkeypatch):
     assert torch.equal(again.eval()(ids).logits[0, -1], logits)
 
 
-# ------------------------------------------------------------------------------------------------ titles and histories
+# ------------------------------------------------ models that cannot be used
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a small whole model and its tokeniser."""
+    tokenizer = tiny_tokenizer(load_dataset("toy"))
+    small_model(vocabulary=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def lose_tokeniser(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def cut_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def lose_embeddings(folder):
+    small_model(vocabulary=99).save_pretrained(folder)
+
+
+def become_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def become_encoder(folder):
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=rows, num_attention_heads=4, **sizes)
+    BertLMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lose_tokeniser, "has no tokeniser"),
+        (cut_weights, "cannot be loaded"),
+        (lambda folder: edit_config(folder, hidden_size=48), "cannot be loaded"),
+        (lambda folder: edit_config(folder, hidden_size="wide"), "cannot be loaded"),
+        (lambda folder: edit_config(folder, num_hidden_layers=3), "missing.*layers.2"),
+        (lose_embeddings, "tokens and the model 99 embeddings"),
+        (become_adapter, "merge_and_unload"),
+        (become_encoder, "no causal language model"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(damage, words, saved):
+    load_model(saved)
+    damage(saved)
+    with pytest.raises(InputError, match=words) as caught:
+        load_model(saved)
+    assert str(caught.value).startswith("--model ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [0.002, 0.02, 0.3])
+def test_checks_do_not_depend_on_the_size_of_the_weights(scale):
+    """Small random weights hardly look anywhere: a wrong mask would then change little."""
+    prompts = random_prompts(1)
+    windows = random_windows(12, 1)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    sizes |= {"num_attention_heads": 4, "initializer_range": scale}
+    torch.manual_seed(0)
+    llama = small_model(scale=scale)
+    layers = ["conv", "full_attention"]
+    hybrid = Lfm2ForCausalLM(Lfm2Config(num_key_value_heads=2, layer_types=layers, **sizes))
+    bert = BertLMHeadModel(BertConfig(**sizes))
+    digest = data.weights_digest(llama)
+    assert data.supports_packing(llama, prompts, windows)
+    assert data.weights_digest(llama) == digest
+    assert not data.supports_packing(hybrid, prompts, windows)
+    assert [data.looks_ahead(model) for model in (llama, hybrid, bert)] == [False, False, True]
+
+
+def test_what_stdout_cannot_print_is_a_question_mark():
+    """Windows writes cp1252 where output is redirected."""
+    code = "import data; data.run_command(lambda: print('The 七人 film'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        cwd=ROOT,
+        env={"PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0
+    assert done.stdout.split() == [b"The", b"??", b"film"]
+
+
+def test_a_run_is_told_where_its_data_is_now(small, tmp_path):
+    """The digest of the data decides, not its place; the prompt's words stay those of the run."""
+    source = tmp_path / "first" / "movies"
+    shutil.copytree(small[1], source)
+    flags = [*small, "--dataset", str(source), "--out", str(tmp_path), "--name", "run"]
+    gdrt.main([*flags, "--loss", "sft", "--relevance", "probability", "--no-test"])
+    moved = source.rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="existing folder"):
+        data.load_run(tmp_path / "run" / "sft")
+    _, dataset, _, _, _ = data.load_run(tmp_path / "run" / "sft", dataset=str(moved))
+    assert dataset.domain == "movies"
+    with pytest.raises(InputError, match="give the same data with --dataset"):
+        data.load_run(tmp_path / "run" / "sft", dataset="toy")
+
+
+# ------------------------------------------------ titles and histories
 
 ODD = [
     "Rock &amp; Roll &amp;amp; Soul",
