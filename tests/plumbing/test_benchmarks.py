@@ -1,4 +1,4 @@
-"""The evidence machinery: quality.py runs, skips and records on toy; tables.py finds what was put into made-up results."""
+"""The evidence: quality.py runs, skips and records on toy; tables.py finds what was put in."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import outcomes
 import quality
 import relevance
 import tables
@@ -24,24 +25,25 @@ ROWS = (
     "before",
     "sft",
     "gdrt",
-    "gdrt late",
+    "gdrt, groups after SFT",
     "random groups",
     "position groups",
     "untuned NLL groups",
     "fixed weights",
     "focal",
     "gdrt + msl",
-    "planted groups",
+    "true groups",
     "permuted groups uniform",
 )
 
 
-# ------------------------------------------------------------------------------------------------ quality.py on toy
+# ------------------------------------------------------------------------------------------------
+# quality.py on toy
 
 
 @pytest.fixture(scope="module")
 def little():
-    """(toy, an untrained model of one thin layer, tokenizer, prompts): what is tested here needs no skill."""
+    """(toy, an untrained model of one thin layer, tokenizer, prompts): no test needs skill."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     threads = torch.get_num_threads()
@@ -100,14 +102,10 @@ def test_every_row_leaves_a_line_and_outcomes_that_agree(done):
     lines = by_row(results)
     assert set(lines) == set(ROWS)
     for row, line in lines.items():
-        with np.load(results / "windows" / f"{line['key']}.npz", allow_pickle=False) as kept:
-            assert len(kept["test user"]) == 24
-            for name in ("NDCG@10", "HR@10") + (
-                () if row == "popularity" else ("NLL", "legal NLL")
-            ):
-                assert kept[f"test {name}"].astype(float).mean() == pytest.approx(
-                    line["test"][name], abs=1e-3
-                )
+        kept = dict(zip(outcomes.FIELDS, outcomes.read_array(results, f"{line['key']}/test")))
+        assert kept["windows"].sum() == 24
+        for name in outcomes.KINDS[:2] if row == "popularity" else outcomes.KINDS:
+            assert kept[name].sum() / 24 == pytest.approx(line["test"][name], rel=1e-6)
         assert {"versions", "commit", "machine", "seconds", "arguments", "data"} <= set(line)
     assert lines["before"]["test"]["legal NLL"] != lines["sft"]["test"]["legal NLL"]
     trained = [
@@ -180,14 +178,23 @@ def test_losses_share_the_warm_up_and_fixed_weights_hold_gdrts_mean_q(done):
 
 def test_a_run_keeps_the_groups_that_it_was_trained_by(done):
     lines = by_row(done[0])
-    (late,) = tables.group_tables(done[0], [lines["gdrt late"]], "late")
+    after_sft = lines["gdrt, groups after SFT"]
+    (late,) = tables.group_tables(done[0], [after_sft], "late")
     (drawn,) = tables.group_tables(done[0], [lines["random groups"]], "random")
-    assert (
-        set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3}
-        and ((late < 0) == (drawn < 0)).all()
-        and (late != drawn).any()
-    )
-    assert tables.group_tables(done[0], [lines["gdrt late"]], "gradient") == []
+    assert set(np.unique(late)) == set(np.unique(drawn)) == {-1, 0, 1, 2, 3}
+    assert ((late < 0) == (drawn < 0)).all()
+    assert (late != drawn).any()
+    assert tables.group_tables(done[0], [after_sft], "gradient") == []
+
+
+def test_permuted_groups_are_gradients_dealt_out_anew(done):
+    lines = by_row(done[0])
+    (gradient,) = tables.group_tables(done[0], [lines["gdrt"]], "gradient")
+    (dealt,) = tables.group_tables(done[0], [lines["permuted groups uniform"]], "permuted")
+    assert (np.bincount(gradient[gradient >= 0]) == np.bincount(dealt[dealt >= 0])).all()
+    assert ((gradient < 0) == (dealt < 0)).all()
+    assert (gradient != dealt).any()
+    assert sum(lines["permuted groups uniform"]["shares"]) == pytest.approx(1)
 
 
 def test_late_relevance_is_that_of_the_finished_sft_model(done):
@@ -195,7 +202,8 @@ def test_late_relevance_is_that_of_the_finished_sft_model(done):
     run = next(run for run in runs if run["row"] == "sft")
     quality.perform(run, options)  # leaves the finished model
     begun = quality.begin(run["arguments"], options)
-    r = quality.relevance(begun.model, begun.prompts, begun.windows, "gradient", seed=0)
+    setup = begun.setup
+    r = quality.relevance(setup.model, setup.prompts, setup.windows, "gradient", seed=0)
     assert np.allclose(quality.measured(begun, "late", 0)[0], r, atol=1e-6, equal_nan=True)
     assert not np.allclose(quality.measured(begun, "gradient", 0)[0], r, atol=1e-2, equal_nan=True)
 
@@ -225,12 +233,14 @@ def test_finished_runs_are_skipped_and_a_lost_one_is_done_again(done, monkeypatc
 
 def test_rows_of_a_seed_report_by_one_kept_table_of_groups(done):
     results, options, runs = done
-    (path,) = (results / "windows").glob("groups-*.npz")
-    whole, run = path.read_bytes(), next(run for run in runs if run["row"] == "sft")
-    with np.load(path, allow_pickle=False) as kept:
-        np.savez(
-            path, group=np.where(kept["group"] < 0, -1, 1 - kept["group"])
-        )  # as if another machine had measured it
+    path = results / "outcomes.npz"
+    whole = path.read_bytes()
+    run = next(run for run in runs if run["row"] == "sft")
+    with np.load(path, allow_pickle=False) as stored:
+        (name,) = [name for name in stored if name.startswith("groups-")]
+    group = outcomes.read_array(results, name)
+    # As if another machine had measured it.
+    outcomes.add_arrays(results, {name: np.where(group < 0, -1, 1 - group)})
     try:
         swapped = quality.perform(run, options)[0]["test"]["group legal NLL"]
     finally:
@@ -258,7 +268,7 @@ def test_tables_of_a_real_run(done, capsys):
 
 
 def test_tuning_leaves_test_alone_and_gives_sft_as_many_trials():
-    for names in (("tune", "tune2"), ("tune3",)):
+    for names in (("tune-lr", "tune-tau"), ("tune-leave-one-out",)):
         runs = [run for name in names for run in quality.experiments(name)]
         assert all(run["arguments"]["no_test"] for run in runs)
         count = {
@@ -302,13 +312,14 @@ def test_quick_is_the_headline_on_three_seeds(capsys, tmp_path):
         assert stop.value.code == 2 and "or --quick" in capsys.readouterr().err
 
 
-def test_a_dose_at_its_usual_value_is_the_grids_own_run():
+def test_a_sweep_at_its_usual_value_is_the_grids_own_run():
     grid = {quality.key(run["arguments"]): run["row"] for run in quality.experiments("grid")}
-    shared = [run for run in quality.experiments("dose") if quality.key(run["arguments"]) in grid]
+    shared = [run for run in quality.experiments("sweep") if quality.key(run["arguments"]) in grid]
     assert shared and all(run["row"] == grid[quality.key(run["arguments"])] for run in shared)
 
 
-# ------------------------------------------------------------------------------------------------ controls
+# ------------------------------------------------------------------------------------------------
+# controls
 
 
 def gradient(objective, nll, group, K):
@@ -344,21 +355,10 @@ def test_fixed_weights_and_focal_against_the_written_formula():
 def test_control_groups_sort_what_they_say(little):
     dataset, model, _, prompts = little
     windows = dataset.train[:120]
-    begun = quality.Start(
-        dataset,
-        prompts,
-        copy.deepcopy(model),
-        windows,
-        [],
-        [],
-        1,
-        Namespace(device="cpu"),
-        None,
-        quality.copied(model),
-        quality.copied(model),
-        0.0,
-        {},
-    )
+    setup = quality.Setup(copy.deepcopy(model), prompts, windows, [], [], 1)
+    weights = quality.copied(model)
+    cfg = Namespace(device="cpu")
+    begun = quality.Start(dataset, setup, cfg, None, weights, weights, 0.0, {})
     lengths = np.array([len(title) + 1 for title in prompts.titles])
     for name in ("random", "position", "nll", "planted"):
         r, _ = quality.measured(begun, name, 0)
@@ -389,7 +389,17 @@ def test_control_groups_sort_what_they_say(little):
     assert r.tolist() == pytest.approx((-nll).tolist(), abs=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------
+# statistics
+
+
+def by_user_sums(several, user):
+    """([sums (S, U) of each of several (S, N)], windows (U,)), as tables.py reads them."""
+    sums = []
+    for values in several:
+        stored = [outcomes.by_user(user, user >= 0, {"NDCG@10": row}) for row in values]
+        sums.append(np.array(stored, dtype=float)[:, outcomes.FIELDS.index("NDCG@10")])
+    return sums, stored[0][outcomes.FIELDS.index("windows")].astype(float)
 
 
 def test_interval_against_a_plain_bootstrap():
@@ -401,7 +411,8 @@ def test_interval_against_a_plain_bootstrap():
     ours = (
         base + 0.1 + 0.3 * random.standard_normal(30)[user] + 0.1 * random.standard_normal((4, 1))
     )
-    relative, absolute = tables.interval(ours, base, user)
+    sums, sizes = by_user_sums((ours, base), user)
+    relative, absolute = tables.interval(*sums, sizes)
     drawn = []
     for _ in range(1500):
         rows = np.concatenate([np.nonzero(user == u)[0] for u in random.integers(0, 30, 30)])
@@ -414,9 +425,9 @@ def test_interval_against_a_plain_bootstrap():
     assert relative[1:] == pytest.approx(
         np.percentile(a / b - 1, (2.5, 97.5)), abs=0.08 * np.ptp(relative[1:])
     )
-    shuffled = tables.interval(ours, base, random.permutation(user))[
-        1
-    ]  # were windows independent: a clear mistake here
+    # Were windows independent: a clear mistake here.
+    sums, sizes = by_user_sums((ours, base), random.permutation(user))
+    shuffled = tables.interval(*sums, sizes)[1]
     assert np.ptp(shuffled[1:]) < 0.9 * width
 
 
@@ -426,16 +437,17 @@ def test_seed_interval_and_power():
     )
     assert np.isnan(tables.seed_interval([1.0])[1]) and np.isnan(tables.seed_interval([])[0])
     random, user = np.random.default_rng(0), np.repeat(np.arange(400), 3)
-    found = [
-        tables.detectable(random.standard_normal((5, 400))[:, user], user) for _ in range(20)
-    ]  # a user's windows agree
+
+    def detectable(values):  # (5, 400), a value a user, on which her three windows agree
+        (sums,), sizes = by_user_sums([values[:, user]], user)
+        return tables.detectable(sums, sizes)
+
+    found = [detectable(random.standard_normal((5, 400))) for _ in range(20)]
     exact = 2.8 * (2 / 5 / 400) ** 0.5
     assert (
         min(found) > 0.95 * exact and np.mean(found) < 1.35 * exact
     )  # the larger of two estimates lies above
-    wide = tables.detectable(
-        random.standard_normal((5, 400))[:, user] + np.array([[0.0, 1, 2, 3, 4]]).T, user
-    )
+    wide = detectable(random.standard_normal((5, 400)) + np.array([[0.0, 1, 2, 3, 4]]).T)
     assert wide == pytest.approx(2.8 * np.std([0, 1, 2, 3, 4], ddof=1) * (2 / 5) ** 0.5, rel=0.2)
 
 
@@ -457,12 +469,16 @@ def test_verdicts(triple, claimed, expected):
     assert tables.verdict(*triple, claimed) == expected
 
 
-# ------------------------------------------------------------------------------------------------ tables from made-up results
+# ------------------------------------------------------------------------------------------------
+# tables from made-up results
 
 
 @pytest.fixture
 def made_up(tmp_path):
-    """Results where GDRT's NDCG@10 is 0.01 above SFT's 0.05 for every window, MGU 40% lower, ratios 1, 6 and 3 to 1."""
+    """Results where GDRT's NDCG@10 is 0.01 above SFT's 0.05 for every window.
+
+    MGU is 40% lower; the ratios of auxiliary to user attribution are 1, 6 and 3 to 1.
+    """
     random, lines = np.random.default_rng(0), []
     user, grid = (
         np.repeat(np.arange(20), 5),
@@ -480,7 +496,7 @@ def made_up(tmp_path):
             ("sft", seed, {"loss": "sft", "windows": None}, 0.05, 0.10, 6),
             ("gdrt", seed, {"loss": "gdrt", "windows": None} | usual, 0.055, 0.10, 6),
         ]
-    (tmp_path / "windows").mkdir()
+    arrays = {}
     for i, (row, seed, arguments, ndcg, mgu, ratio) in enumerate(specs):
         noise = np.random.default_rng(seed).standard_normal(100) * 0.01
         kept = {
@@ -489,11 +505,7 @@ def made_up(tmp_path):
             "NLL": 7 - ndcg + noise,
             "legal NLL": 6 - ndcg + noise,
         }
-        np.savez(
-            tmp_path / "windows" / f"k{i}.npz",
-            **{f"test {name}": x for name, x in kept.items()},
-            **{"test user": user, "test warm": user < 10},
-        )
+        arrays[f"k{i}/test"] = outcomes.by_user(user, user < 10, kept)
         test = {name: float(x.mean()) for name, x in kept.items()} | {
             "MGU@5": mgu + 0.001 * random.random(),
             "DGU@5": 2 * mgu,
@@ -514,7 +526,8 @@ def made_up(tmp_path):
                 "seconds": {"warm-up": 10, "train": 40, "relevance": 4 if row == "gdrt" else 0},
             }
         )
-    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    outcomes.add_arrays(tmp_path, arrays)
+    outcomes.add_lines(tmp_path, lines)
     return tmp_path
 
 
@@ -527,7 +540,7 @@ def test_groups_of_two_seeds_are_compared_where_tokens_have_a_choice(made_up):
     for line, group in zip(
         tables.pick(tables.read_lines(made_up), **tables.GRID)["sft"].values(), groups
     ):
-        np.savez(made_up / "windows" / f"groups-{line['key']}.npz", group=np.array(group))
+        outcomes.add_arrays(made_up, {f"groups-{line['key']}/groups": np.array(group)})
     cells = tables.sections(made_up, ("groups",))["groups"].splitlines()[2].split(" | ")
     assert cells[1:5] == ["gradient", "3", "5", f"{(3 / 5 + 3 / 5 + 1) / 3:.2f}"]
     assert cells[5] == f"{(2 * (2 * 3 + 1 * 2 + 2 * 0) / 25 + (4 + 1 + 4) / 25) / 3:.2f}"
@@ -546,12 +559,12 @@ def test_statements_find_what_was_put_in(made_up):
     assert rows[0][1].startswith("**+20.0% [") and rows[-1][1].startswith("**+8% [")
 
 
-def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(
+def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(
     made_up, capsys, tmp_path, monkeypatch
 ):
-    text = tables.sections(made_up, ("grid", "dose"))
+    text = tables.sections(made_up, ("grid", "sweep"))
     assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
-    assert [line.split("|")[1:3] for line in text["dose"].splitlines()[2:]] == [
+    assert [line.split("|")[1:3] for line in text["sweep"].splitlines()[2:]] == [
         [" tau ", " 1 "],
         [" tau ", " 10 "],
         [" groups ", " 4 "],
@@ -560,7 +573,7 @@ def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(
         [" epochs ", " 4 "],
         [" epochs ", " 8 "],
     ]
-    last = text["dose"].splitlines()[-1].split("|")
+    last = text["sweep"].splitlines()[-1].split("|")
     assert last[3].startswith(" 0.04") and last[5].startswith(
         " **+25.0 ["
     )  # to SFT with as many epochs: 0.05 to 0.04
@@ -579,7 +592,7 @@ def test_grid_leaves_doses_to_the_dose_table_and_readme_keeps_the_rest(
     )
     assert "<svg" in (made_up / "figures" / "dose.svg").read_text()
     whole = (made_up / "tables.md").read_text()
-    assert all(f"## {name}\n" in whole for name in text) and text["dose"] in whole
+    assert all(f"## {name}\n" in whole for name in text) and text["sweep"] in whole
 
 
 def test_a_changed_configuration_does_not_mix_with_the_old_one(made_up):
@@ -597,3 +610,86 @@ def test_without_results_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quality.main(["transfer"])
     assert stop.value.code == 2 and "--data" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------
+# stored results
+
+
+def test_published_tables_follow_from_the_stored_results():
+    results = tables.ROOT / "results"
+    assert tables.document(tables.sections(results)) == (results / "tables.md").read_text()
+
+
+def test_older_lines_have_the_names_of_today(tmp_path):
+    labels = ["gdrt late", "gdrt late uniform", "gdrt late tau=1", "planted groups", "gdrt"]
+    lines = [{"key": label, "row": label, "experiment": "tune5"} for label in labels]
+    outcomes.add_lines(tmp_path, lines)
+    read = outcomes.read_lines(tmp_path)
+    assert [line["row"] for line in read] == [
+        "gdrt, groups after SFT",
+        "gdrt uniform, groups after SFT",
+        "gdrt, groups after SFT tau=1",
+        "true groups",
+        "gdrt",
+    ]
+    assert {line["experiment"] for line in read} == {"tune-groups"}
+
+
+def test_an_interrupted_update_leaves_the_arrays_as_they_were(tmp_path, monkeypatch):
+    outcomes.add_arrays(tmp_path, {"a/test": np.arange(3)})
+    whole = (tmp_path / "outcomes.npz").read_bytes()
+
+    def half(file, **arrays):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "savez_compressed", half)
+        outcomes.add_arrays(tmp_path, {"b/test": np.arange(4)})
+    assert (tmp_path / "outcomes.npz").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["outcomes.npz"]
+    outcomes.add_arrays(tmp_path, {"b/test": np.arange(4)})
+    assert outcomes.read_array(tmp_path, "a/test").tolist() == [0, 1, 2]
+    assert outcomes.read_array(tmp_path, "b/test").tolist() == [0, 1, 2, 3]
+
+
+def test_runs_of_another_folder_are_taken_in_once(made_up, tmp_path):
+    """From outcomes.npz and from windows/KEY.npz, as runs were stored before it."""
+    before = tmp_path / "before"
+    (before / "windows").mkdir(parents=True)
+    values = {"NDCG@10": [0.5, 0, 1], "HR@10": [1, 0, 1]}
+    stored = {f"test {name}": np.array(x, np.float16) for name, x in values.items()}
+    stored |= {"test user": np.array([7, 3, 7]), "test warm": np.array([True, True, False])}
+    np.savez(before / "windows" / "old.npz", group=np.zeros((2, 3)), **stored)
+    outcomes.add_lines(before, [{"key": "old", "row": "sft", "arguments": {}}])
+    together = tmp_path / "together"
+    counts = [outcomes.merge(folder, together) for folder in (before, made_up, before)]
+    assert counts == [1, len(tables.read_lines(made_up)), 0]
+    table = dict(zip(outcomes.FIELDS, outcomes.read_array(together, "old/test").tolist()))
+    assert table["user"] == [3, 7]
+    assert table["windows"] == [1, 2] and table["seen windows"] == [1, 1]
+    assert table["NDCG@10"] == [0, 1.5] and table["seen NDCG@10"] == [0, 0.5]
+    assert outcomes.read_array(together, "old/groups").shape == (2, 3)
+    mine, theirs = (tables.sections(folder, ("grid",)) for folder in (together, made_up))
+    assert mine == theirs
+
+
+def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_path):
+    setting = tables.UNTRAINED["main"]
+    metrics = {"MGU@5": 0.1, "DGU@5": 0.2, "coverage@10": 0.3, "group legal NLL": [3, 1, 1, 0]}
+    for i, (row, epochs, ndcg) in enumerate(
+        [("sft epochs=1", 1, 0.2), ("gdrt uniform epochs=1", 1, 0.3), ("sft", 2, 0.4)]
+    ):
+        arguments = setting | {"seed": 0, "epochs": epochs, "no_test": True}
+        seconds = {"warm-up": 1, "train": 2, "relevance": 0}
+        line = {"key": str(i), "row": row, "arguments": arguments, "seconds": seconds}
+        outcomes.add_lines(tmp_path, [line | {"valid": metrics}])
+        values = {"NDCG@10": np.full(9, ndcg), "HR@10": np.ones(9), "legal NLL": np.ones(9)}
+        table = outcomes.by_user(np.arange(9) // 3, np.ones(9), values)
+        outcomes.add_arrays(tmp_path, {f"{i}/valid": table})
+    rows = tables.sections(tmp_path, ("epochs",))["epochs"].splitlines()[2:]
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    assert [cell[:2] for cell in cells] == [["1", "sft"], ["1", "gdrt uniform"], ["2", "sft"]]
+    assert [cell[3] for cell in cells] == ["0.2000", "0.3000", "0.4000"]
+    assert cells[1][4].startswith("**+50.0")
