@@ -136,7 +136,7 @@ def draw(axis, title, x, series, shades):
     """Bars over the words x, or running means of lines over the numbers x."""
     colours = [COLOURS.get(name, rgb) for name, rgb in zip(series, shades)]
     if isinstance(x[0], str):
-        bars = {name: np.array(y, float) for name, y in series.items()}
+        bars = {name: np.nan_to_num(np.array(y, float)) for name, y in series.items()}
         axis.grouped_bar(bars, tick_labels=x, colors=colours, group_spacing=0.4)
     else:
         n = max(1, len(x) // 40)
@@ -145,7 +145,7 @@ def draw(axis, title, x, series, shades):
     axis.set_title(title, loc="left", weight="bold")
     axis.grid(axis="y", alpha=0.3)
     axis.set_ylim(bottom=0)
-    axis.legend()
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8)
 
 
 def tabulate(title, x, series):
