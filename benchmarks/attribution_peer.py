@@ -132,7 +132,7 @@ def compare(model, prompts, windows):
             ablations(model, batch, segments[:2])[0].T
         ),  # (N, 2): what an audit needs
         "template": lambda model, batch: ablations(model, batch, segments[2:])[0].T,
-        "gradient": lambda model, batch: segment_gradient(model, batch, (USER,), steps=1),
+        "gradient": lambda model, batch: segment_gradient(model, batch, (USER,), points=1),
     }
     ours, seconds = {}, {}
     for name, measure in measures.items():

@@ -27,8 +27,7 @@ import torch
 from quality import planted
 
 from attribution import (
-    STEPS,
-    WINDOWS_PER_TITLE,
+    POINTS,
     attributions,
     cut_groups,
     format_table,
@@ -74,8 +73,8 @@ def area_under_curve(values, positive):
 
 def found_bias(model, prompts, dataset, found, choice, steps, seed):
     """{what r is: [AUC with which it tells toy's biased tokens from those a user's taste decides, of all and of those with a choice]}."""
-    trees = build_trees(prompts, sample_windows(dataset.train, WINDOWS_PER_TITLE, seed))
-    aux, user, item, step, _ = attributions(model, trees, steps=steps)
+    trees = build_trees(prompts, sample_windows(dataset.train, seed))
+    aux, user, item, step, _ = attributions(model, trees, points=steps)
     found = found | {
         "gradient, full vocabulary": mean_by_place(ratio(aux, user), item, step, prompts)
     }
@@ -231,7 +230,7 @@ def main(argv=None):
     p.add_argument(
         "--steps",
         type=int,
-        default=STEPS,
+        default=POINTS,
         metavar="M",
         help="points of the gradient's path (default: %(default)s)",
     )

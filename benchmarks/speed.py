@@ -37,7 +37,6 @@ sys.path.insert(0, str(ROOT))
 
 import gdrt
 from attribution import (
-    WINDOWS_PER_TITLE,
     format_table,
     forward_mode,
     path_ends,
@@ -244,7 +243,7 @@ def training_row(model, tokenizer, prompts, windows, per_update, candidates, job
         if batch := [trees[i] for i in next(updates, [])]:
             seconds.append(
                 seconds_of(
-                    gdrt.training_step, mine, optimizer, batch, prompts, group, gdrt.sft, log_q, job
+                    gdrt.training_step, mine, optimizer, batch, prompts, group, gdrt.sft_rule, log_q, job
                 )[0]
             )
             work.append(sum(len(set(tree.window)) for tree in batch))
@@ -371,7 +370,7 @@ def trained(name, run=None):
             [trees[i] for i in update],
             prompts,
             group,
-            gdrt.sft,
+            gdrt.sft_rule,
             torch.zeros(1),
             job,
         )
@@ -464,7 +463,7 @@ def gdrt_update(args):
         return lambda batch: step(mine, optimizer, batch)
 
     sides = {"plain": side(lambda *mine: bare_step(*mine, job))}
-    for name, objective in (("sft", gdrt.sft), ("gdrt", gdrt.gdrt(1.0, "uniform"))):
+    for name, objective in (("sft", gdrt.sft_rule), ("gdrt", gdrt.gdrt_rule(1.0, "uniform"))):
         sides[name] = side(
             lambda *mine, objective=objective: gdrt.training_step(
                 *mine, prompts, group, objective, torch.zeros(4), job
@@ -515,7 +514,7 @@ def relevance_row(args):
     """One path point of the user segment for all target tokens of a sample, as the relevance step draws it."""
     dataset = dataset_of("ml-100k")
     model, _, prompts = trained("ml-100k", args.run)
-    sample = sample_windows(dataset.train, WINDOWS_PER_TITLE, 0)
+    sample = sample_windows(dataset.train, 0)
     trees = build_trees(prompts, sample)
     pieces = part_of(
         [[trees[i] for i in indices] for indices in by_length(trees)], 0.25 * args.share
@@ -524,7 +523,7 @@ def relevance_row(args):
     def ours(piece):
         with forward_mode(model):
             batch = collate(piece)
-            return segment_gradient(model, batch, (USER,), steps=1)[
+            return segment_gradient(model, batch, (USER,), points=1)[
                 np.argsort(batch.window, kind="stable")
             ]
 
@@ -836,7 +835,7 @@ def limit(args):
                 batch,
                 prompts,
                 group,
-                gdrt.sft,
+                gdrt.sft_rule,
                 torch.zeros(1),
                 job,
             )
