@@ -1646,12 +1646,14 @@ def load_model(name, cache=None):
     """smollm2-135m, a Hub id or a folder with a causal LM -> (model in fp32, tokenizer)."""
     if name == "smollm2-135m":
         return load_smollm2(cache)
-    if (Path(name) / "adapter_config.json").is_file():
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"--model {name}: an adapter, not a model; merge it into its base model "
             "(merge_and_unload of peft) and save that"
         )
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENISER_FILES):
+    has_tokeniser = any((folder / file).is_file() for file in TOKENISER_FILES)
+    if (folder / "config.json").is_file() and not has_tokeniser:
         raise InputError(f"--model {name}: has no tokeniser; save that of its base model there")
     transformers.logging.disable_progress_bar()
     # The Hub's retries stay quiet: our sentence says what came of them.
@@ -1951,7 +1953,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     )
     if loaded.digest != config["data"]:
         raise InputError(
-            f"{folder}: --dataset {place} is not, or no longer, the data of this run; "
+            f"{folder}: the data of --dataset {place} has changed since this run, or is another; "
             "give the same data with --dataset"
         )
     model, tokenizer = load_model(folder / "model")
