@@ -273,7 +273,7 @@ def merge_titles(names, genres, movie=False):
 def check_titles(touched, titles, source):
     """InputError if most of the item ids that users touched have no title: the files do not fit.
 
-    titles: {id: title}. source: what the files call things, for the message.
+    titles: {id: title}. source: where the titles are, for the message.
     """
     missing = sorted(
         (i for i in touched if not clean_title(titles.get(i, ""))), key=natural_sort_key
@@ -666,7 +666,7 @@ def read_table(source, stem):
         ("ratings.csv", "movies.csv"),
         (f"{stem}.inter", f"{stem}.item"),
     ]
-    names = [name for pair in pairs for name in pair]
+    names = [ratings for ratings, _ in pairs] + [items for _, items in pairs]
     files = read_files(source, names)
     for ratings, items in pairs:
         if ratings in files and items in files:
@@ -877,7 +877,10 @@ def order_positives(ratings, index, min_rating, seed):
 def split_windows(positives, split, history):
     """positives: a list of (seconds, item) for each user -> [train, valid, test] of Window."""
     parts = [], [], []
-    moments = sorted(moment for sequence in positives for moment, _ in sequence[MIN_HISTORY:])
+    moments = []
+    for sequence in positives:
+        moments += [moment for moment, _ in sequence[MIN_HISTORY:]]
+    moments.sort()
     # Equal times fall on the same side of a cut.
     cuts = [moments[len(moments) * tenths // 10] for tenths in (8, 9)]
     for user, sequence in enumerate(positives):
@@ -964,15 +967,18 @@ def hold_out(rows):
     return [row for row in rows if row[0] < cut], [row for row in rows if row[0] >= cut]
 
 
-def from_windows(name, domain, rows, names):
+def from_windows(name, domain, rows, names, source):
     """Dataset of windows as they stand. rows: train, test and maybe valid -> parsed rows.
 
-    Without valid, the latest tenth of train validates, equal times together.
+    source: the file of the titles, for messages. Without valid, the latest tenth of train
+    validates, equal times together.
     """
-    everything = [row for part in rows.values() for row in part]
-    named = dict.fromkeys((item for _, _, items in everything for item in items), "") | names
-    check_titles({item for _, _, items in everything for item in items}, names, "see the titles")
-    titles, genres, index, stats = merge_titles(named, {}, domain == "movies")
+    everything = rows["train"] + rows.get("valid", []) + rows["test"]
+    touched = {}
+    for _, _, ids in everything:
+        touched.update(dict.fromkeys(ids, ""))
+    check_titles(touched, names, source)
+    titles, genres, index, stats = merge_titles(touched | names, {}, domain == "movies")
     ordered = sorted({user for _, user, _ in everything}, key=natural_sort_key)
     users = {user: i for i, user in enumerate(ordered)}
     split = "as given"
@@ -1004,12 +1010,14 @@ def from_csv(folder, domain=None):
             names |= titles
         else:
             rows[part] = parse_windows(data, path.name)
+    source = f"item_title in {paths['train'].name}"
     if not names:
+        source = NAMES_FILE
         if not (folder / NAMES_FILE).is_file():
             raise InputError(f"{NAMES_FILE}, the titles of {paths['train'].name}, is missing")
         names = parse_names((folder / NAMES_FILE).read_bytes(), NAMES_FILE)
     domain = domain or domain_of(f"{folder.name} {paths['train'].stem}")
-    return from_windows(folder.name, domain, rows, names)
+    return from_windows(folder.name, domain, rows, names, source)
 
 
 def find_csv(folder):
@@ -1038,7 +1046,7 @@ def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
         rows = {}
         for part, name in zip(SPLITS, wanted):
             rows[part] = parse_sessions(files[name], name)
-        return from_windows(stem, domain, rows, titles)
+        return from_windows(stem, domain, rows, titles, items)
     ratings = [parse_ratings(files[name], name) for name in wanted[:3]]
     return from_split_ratings(stem, domain, ratings, titles, genres, history, min_rating, seed)
 
@@ -1663,12 +1671,14 @@ def load_model(name, cache=None):
     """smollm2-135m, a Hub id or a folder with a causal LM -> (model in fp32, tokenizer)."""
     if name == "smollm2-135m":
         return load_smollm2(cache)
-    if (Path(name) / "adapter_config.json").is_file():
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"--model {name}: an adapter, not a model; merge it into its base model "
             "(merge_and_unload of peft) and save that"
         )
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENISER_FILES):
+    has_tokeniser = any((folder / file).is_file() for file in TOKENISER_FILES)
+    if (folder / "config.json").is_file() and not has_tokeniser:
         raise InputError(f"--model {name}: has no tokeniser; save that of its base model there")
     transformers.logging.disable_progress_bar()
     # The Hub's retries stay quiet: our sentence says what came of them.
@@ -1968,7 +1978,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     )
     if loaded.digest != config["data"]:
         raise InputError(
-            f"{folder}: --dataset {place} is not, or no longer, the data of this run; "
+            f"{folder}: the data of --dataset {place} has changed since this run, or is another; "
             "give the same data with --dataset"
         )
     model, tokenizer = load_model(folder / "model")

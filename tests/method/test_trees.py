@@ -1,4 +1,4 @@
-"""Trees against separate prompts that the tests put together themselves and run through the model's own causal mask."""
+"""Trees against separate prompts, put together here and run through the model's causal mask."""
 
 import copy
 import types
@@ -60,14 +60,14 @@ def furthest(ours, theirs):
 
 
 def in_order(batch, values):
-    """Values (N,) of a batch sorted by window and place in the title, as the separate prompts come."""
+    """Values (N,) of a batch sorted by window and place, as the separate prompts come."""
     return values[
         sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
     ]
 
 
 def compare(model, prompts, windows, tamper=lambda batch: batch, pack=True):
-    """(NLL difference, gradient difference) of trees and separate prompts, the loss being the mean NLL."""
+    """(NLL difference, gradient difference) of trees and separate prompts, for the mean NLL."""
     batch = tamper(collate(build_trees(prompts, windows, pack)))
     packed = in_order(batch, tree_nll(model, batch))
     separate = torch.cat([separate_nll(model, prompts, window) for window in windows])
@@ -181,7 +181,7 @@ def test_kinds_of_models_and_tokenisers(kind, tied, bos):
 
 @pytest.mark.parametrize("objective", [gdrt.sft, gdrt.gdrt(1.0, "uniform")])
 def test_packed_and_separate_trees_train_alike(toy, objective):
-    """The same windows an update, packed or not: the same losses and, after four updates of SGD, the same weights."""
+    """Packed or not: the same losses and, after four updates of SGD, the same weights."""
     dataset, model, _, prompts = toy
     table = torch.arange(prompts.trie.path.size).reshape(prompts.trie.path.shape) % 3
     batches = [dataset.train[i : i + 20] for i in range(0, 80, 20)]
@@ -208,11 +208,11 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
     assert furthest(weights, [p.detach() for p in model.parameters()]) > 1e-2  # they did move
 
 
-# ------------------------------------------------------------------------------------------------ pieces of a prompt
+# ------------------------------------------------ pieces of a prompt
 
 
 def word_tokenizer(words, bos="<s>", eos="</s>", adds_bos=False):
-    """One token a word; adds_bos: as many Llama tokenisers, it puts BOS before every text unless told not to."""
+    """One token a word; adds_bos: like many of Llama's, it puts BOS first unless told not to."""
     names = [name for name in (bos, eos, "<unk>") if name] + sorted(words)
     tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -253,7 +253,9 @@ def test_the_prompt_reads_as_the_template_says(toy):
     )
     text = tokenizer.decode(build_tree(prompts, [window], [0]).ids.tolist())
     assert text == (
-        "<bos>### Instruction:\nGiven the movies a user has watched, oldest first, recommend the next one.\n\n### Input:\n"
+        "<bos>### Instruction:\n"
+        "Given the movies a user has watched, oldest first, recommend the next one.\n\n"
+        "### Input:\n"
         f'{history}\n\n### Response:\n"{dataset.titles[window.items[window.stop]]}"'
     )
 
@@ -275,13 +277,13 @@ def test_a_tokenizer_without_eos_is_an_error():
         make_prompts(dataset, word_tokenizer(words_of(dataset), eos=None), 512)
 
 
-# ------------------------------------------------------------------------------------------------ short models, stubborn models
+# ------------------------------------------------ short models, stubborn models
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_history_longer_than_the_model_loses_its_oldest_titles(kind, pack):
-    """Every window keeps the longest end of its history that leaves room for the longest title, and the rest is counted."""
+    """A window keeps the longest end of its history that leaves room for the longest title."""
     model, prompts = (
         small_model(kind, places=32),
         random_prompts(3, n=14, longest=32, lengths=(2, 5)),

@@ -1,4 +1,4 @@
-"""data.py's first half: sources, parsers, titles, splits, windows. Its references are written by hand, not by data.py."""
+"""Sources, parsers, titles, splits, windows. References are written by hand, not by data.py."""
 
 import hashlib
 import http.server
@@ -125,7 +125,7 @@ def small(monkeypatch):
     return archive
 
 
-# ------------------------------------------------------------------------------------------------ content
+# ------------------------------------------------ content
 
 
 def test_both_sources_give_one_dataset(tmp_path, small):
@@ -339,7 +339,7 @@ def test_toy_is_what_it_says():
     )
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------ sources
 
 
 class Source(http.server.BaseHTTPRequestHandler):
@@ -387,7 +387,8 @@ def test_bad_answers(answer, server, small, tmp_path, capsys):
     start = time.monotonic()
     with pytest.raises(
         InputError,
-        match="--dataset ml-100k: no source answers; download ml-100k.zip .* --data-dir ml-100k.zip",
+        match="--dataset ml-100k: no source answers; "
+        "download ml-100k.zip .* --data-dir ml-100k.zip",
     ):
         load_dataset("ml-100k", cache=tmp_path / "cache")
     told = capsys.readouterr().err
@@ -441,7 +442,7 @@ def test_write_atomic_keeps_the_old_file(fault, tmp_path, monkeypatch):
     assert (tmp_path / "sub" / "a").read_text() == "new"
 
 
-# ------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------ faults
 
 
 def test_flags_and_folders(tmp_path, small):

