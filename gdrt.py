@@ -38,7 +38,8 @@ def group_weights(group_loss, count, tau, prior="uniform"):
     prior: "uniform" over the groups present, or "share" of the tokens (with tau = inf this is SFT).
     """
     anchor = count if prior == "share" else count > 0
-    gap = group_loss.detach() - group_loss.detach().max()  # L / tau itself would round at small tau
+    L = torch.where(count > 0, group_loss.detach(), 0)  # (K,)
+    gap = L - L.max()  # L / tau itself would round at small tau
     return torch.softmax(anchor.to(gap.dtype).log() + gap / tau, dim=0)  # (K,)
 
 

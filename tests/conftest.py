@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository's modules on the path, the marked suites, a small trained model."""
+"""Shared by all tests: the modules on the path, the marked suites, a small trained model."""
 
 import multiprocessing
 import os
@@ -10,15 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # a test that reaches for the Hub is marked network and unsets this
+# A test that reaches for the Hub is marked network and unsets this.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # before torch is imported: one worker a core, one thread a worker
+    # Before torch is imported: one worker a core, one thread a worker.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MARKED = {"slow": "minutes of CPU", "network": "needs PyPI", "gpu": "needs CUDA"}
+TOY_WINDOWS = 800
 
 
 def pytest_configure(config):
@@ -27,7 +26,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marked tests run only when -m asks for them. A file's tests share a process, and so do the files that use `toy`: it is made once."""
+    """Marked tests run only when -m asks for them.
+
+    Under xdist, a file's tests share a process, and so do all files that use `toy`: it is made once.
+    """
     toys = {item.path for item in items if "toy" in item.fixturenames}
     for item in items:
         item.add_marker(pytest.mark.xdist_group("toy" if item.path in toys else item.path.stem))
@@ -40,8 +42,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """(dataset, model, tokenizer, prompts): toy data and the tiny model, trained on it for an epoch."""
+def toy():
+    """(dataset, model, tokenizer, prompts): the toy shop and a tiny model fine-tuned on a part of it.
+
+    One epoch over TOY_WINDOWS windows in small batches: enough for the model to use the user.
+    """
     import torch
 
     import gdrt
@@ -51,20 +56,23 @@ def toy(tmp_path_factory):
     dataset = load_dataset("toy")
     model, tokenizer = start_model("tiny", dataset)
     prompts = make_prompts(dataset, tokenizer, positions(model))
-    trees = build_trees(prompts, dataset.train)
-    updates = gdrt.make_batches(trees, 128, 1, 0)
-    table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
-    gdrt.train(
-        model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft, 1, gdrt.TrainConfig()
-    )
+    trees = build_trees(prompts, gdrt.draw_windows(dataset.train, TOY_WINDOWS, 0))
+    batches = gdrt.make_batches(trees, 16, 1, 0)
+    span = 0, len(batches)
+    one_group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
+    cfg = gdrt.TrainConfig()
+    gdrt.train(model, prompts, trees, batches, span, one_group, gdrt.sft_rule, 1, cfg)
     return dataset, model.eval(), tokenizer, prompts
 
 
-# ------------------------------------------------------------------------------------------------ plain references and small worlds
+# ---------------------------------------------------------------- plain references and small worlds
 
 
 def prompt_of(prompts, window, skip=0):
-    """Token ids of a window's prompt up to the response marker, pieces put side by side; skip: oldest titles left out."""
+    """Token ids of a window's prompt up to the response marker, its pieces put side by side.
+
+    skip: how many of the oldest titles are left out.
+    """
     ids = prompts.bos + prompts.task
     for item in window.items[window.start + skip : window.stop]:
         ids = ids + prompts.titles[item] + prompts.separator
@@ -72,7 +80,10 @@ def prompt_of(prompts, window, skip=0):
 
 
 def separate_logits(model, prompts, window, skip=0, title=None):
-    """Logits (L, V) of a target's L tokens, EOS included: one prompt, one row, the model's own mask and positions."""
+    """Logits (L, V) of a target's L tokens, EOS included.
+
+    One prompt in one row, with the model's own mask and positions.
+    """
     import torch
 
     prompt = prompt_of(prompts, window, skip)
@@ -84,10 +95,29 @@ def separate_nll(model, prompts, window, skip=0):
     """NLL (L,) of a target's tokens, EOS included."""
     import torch
 
-    labels = torch.tensor(prompts.titles[window.items[window.stop]] + [prompts.eos])
-    return -separate_logits(model, prompts, window, skip).log_softmax(-1)[
-        torch.arange(len(labels)), labels
-    ]
+    labels = torch.tensor(target_tokens(prompts, window))
+    log_p = separate_logits(model, prompts, window, skip).log_softmax(-1)  # (L, V)
+    return -log_p[torch.arange(len(labels)), labels]
+
+
+def target_tokens(prompts, window):
+    """The token ids that a window's target is made of, EOS included."""
+    return prompts.titles[window.items[window.stop]] + [prompts.eos]
+
+
+def score(logits, labels, legal=None):
+    """log p (L,) of a title's tokens from logits (L, V).
+
+    Over the vocabulary, or over the continuations {prefix: tokens} where they are given.
+    """
+    import torch
+
+    if legal is None:
+        return logits.log_softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
+    found = []
+    for j, (z, y) in enumerate(zip(logits, labels)):
+        found.append(z[y] - z[legal[tuple(labels[:j])]].logsumexp(0))
+    return torch.stack(found)
 
 
 def continuations(prompts):
@@ -101,12 +131,16 @@ def continuations(prompts):
 
 
 def random_windows(n_items, seed, users=2, length=12):
-    """Windows of random histories: per user a random order of items, a random start, and some of the targets after it."""
+    """Windows of random histories.
+
+    Each user has a random order of items, a random start, and some of the targets after it.
+    """
     import numpy as np
 
     from data import Window
 
-    random, windows = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    windows = []
     for user in range(users):
         items = tuple(random.permutation(n_items)[:length].tolist())
         start = int(random.integers(0, 3))
@@ -118,7 +152,10 @@ def random_windows(n_items, seed, users=2, length=12):
 def random_prompts(
     seed=0, n=12, vocabulary=40, bos=True, longest=10**6, lengths=(1, 6), letters=30
 ):
-    """Prompts of random pieces: token 0 BOS, 1 EOS, titles different from one another and of `letters` tokens at most."""
+    """Prompts of random pieces: token 0 is BOS and 1 EOS; the titles differ from one another.
+
+    letters: how many different tokens the titles are made of.
+    """
     import numpy as np
 
     from data import Prompts, build_trie
@@ -148,7 +185,10 @@ def random_prompts(
 def small_model(
     kind="llama", vocabulary=40, tied=False, seed=0, scale=0.3, places=512, dropout=0.0
 ):
-    """A random model in evaluation mode: Llama (rotary positions), GPT-2 (learned ones) or Mamba (none); scale: of its weights."""
+    """A random model in evaluation mode, its weights of size `scale`.
+
+    Llama has rotary positions, GPT-2 learned ones, Mamba none.
+    """
     import torch
     from transformers import (
         GPT2Config,
@@ -168,126 +208,121 @@ def small_model(
         "eos_token_id": 1,
     }
     if kind == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                n_embd=32, n_layer=2, n_head=2, n_positions=places, attn_pdrop=dropout, **common
-            )
-        ).eval()
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": places}
+        return GPT2LMHeadModel(GPT2Config(attn_pdrop=dropout, **shape, **common)).eval()
     if kind == "mamba":
-        return MambaForCausalLM(
-            MambaConfig(hidden_size=32, state_size=4, num_hidden_layers=1, **common)
-        ).eval()
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=places,
-            attention_dropout=dropout,
-            **common,
-        )
-    ).eval()
+        shape = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+        return MambaForCausalLM(MambaConfig(**shape, **common)).eval()
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=places,
+        attention_dropout=dropout,
+        **common,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
-# ------------------------------------------------------------------------------------------------ runs of the whole command
+# ---------------------------------------------------------------- runs of the whole command
 
 
 def write_folder(folder, users=24, items=14, seed=0):
-    """RecBole files with random ratings: `users` who rate 9 to 12 of `items` films (all of them where there are fewer)."""
+    """RecBole files with random ratings: `users` who rate 9 to 12 of `items` films, or all there are."""
     import numpy as np
 
     random = np.random.default_rng(seed)
     kinds = ("Crime", "Comedy", "War")
-    lines = [
-        f"{user}\t{item}\t{random.integers(3, 6)}\t{100 * user + place}"
-        for user in range(users)
-        for place, item in enumerate(random.permutation(items)[: random.integers(9, 13)])
-    ]
-    films = [
-        f"{item}\tFilm of {'abcdefghijklmnop'[item]}{item * 7}\t{1950 + item}\t{kinds[item % 3]}"
-        for item in range(items)
-    ]
+    ratings = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    for user in range(users):
+        for place, item in enumerate(random.permutation(items)[: random.integers(9, 13)]):
+            ratings.append(f"{user}\t{item}\t{random.integers(3, 6)}\t{100 * user + place}")
+    films = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    for item in range(items):
+        title = f"Film of {'abcdefghijklmnop'[item]}{item * 7}"
+        films.append(f"{item}\t{title}\t{1950 + item}\t{kinds[item % 3]}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "small.inter").write_text(
-        "\n".join(["user_id:token\titem_id:token\trating:float\ttimestamp:float", *lines]) + "\n"
-    )
-    (folder / "small.item").write_text(
-        "\n".join(
-            ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq", *films]
-        )
-        + "\n"
-    )
+    (folder / "small.inter").write_text("\n".join(ratings) + "\n")
+    (folder / "small.item").write_text("\n".join(films) + "\n")
     return folder
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Flags of a run that takes a second: 24 users, 14 films, and a random Llama of one layer that drops out."""
+    """Flags of a run that takes a second: 24 users, 14 films, a random Llama of one layer.
+
+    The model drops out, so that a run depends on the random state, too.
+    """
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from data import load_dataset, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("small")
-    data, model = write_folder(folder / "films"), folder / "model"
+    data = write_folder(folder / "films")
+    model = folder / "model"
     tokenizer = tiny_tokenizer(load_dataset(str(data)))
-    import torch
-
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            initializer_range=0.1,
-            attention_dropout=0.1,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-    ).save_pretrained(model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.1,
+        attention_dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    return [
-        "--dataset",
-        str(data),
-        "--model",
-        str(model),
-        "--min-rating",
-        "3",
-        "--batch",
-        "8",
-        "--epochs",
-        "2",
-        "--save-every",
-        "2",
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-        "--no-report",
-    ]
+    flags = "--min-rating 3 --batch 8 --epochs 2 --save-every 2 --precision fp32 --device cpu"
+    return ["--dataset", str(data), "--model", str(model), *flags.split(), "--no-report"]
 
 
 @pytest.fixture(scope="session")
 def steady(small, tmp_path_factory):
-    """The flags of `small` with a model that drops nothing out: packing, ranks and micro-batches then change nothing."""
-    source, folder = Path(small[small.index("--model") + 1]), tmp_path_factory.mktemp("steady")
-    shutil.copytree(source, folder / "model")
+    """The flags of `small` with a model that drops nothing out.
+
+    Packing, ranks and micro-batches change nothing for such a model.
+    """
+    source = Path(small[small.index("--model") + 1])
+    model = tmp_path_factory.mktemp("steady") / "model"
+    shutil.copytree(source, model)
     config = (source / "config.json").read_text()
-    (folder / "model" / "config.json").write_text(
-        config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0')
-    )
-    return [*small, "--model", str(folder / "model")]
+    dropped = config.replace('"attention_dropout": 0.1', '"attention_dropout": 0.0')
+    assert dropped != config
+    (model / "config.json").write_text(dropped)
+    return [*small, "--model", str(model)]
 
 
-OUTSIDE = {
-    "seconds",
-    "windows_per_s",
-    "time",
-    "commit",
-}  # keys of what a clock or git says; all else is equal where the seed is
+@pytest.fixture
+def fails(capsys):
+    """fails(flags) -> the one sentence with which gdrt.py ends, exit code 2."""
+    import gdrt
+
+    def run(flags):
+        with pytest.raises(SystemExit) as end:
+            gdrt.main([str(flag) for flag in flags])
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    return run
+
+
+def json_lines(path):
+    """The objects of a JSON lines file."""
+    import json
+
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# Keys of what a clock or git says; all else is equal where the seed is.
+OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}
 
 
 def reproducible(value):
@@ -298,7 +333,10 @@ def reproducible(value):
 
 
 def contents(folder):
-    """{path: what it holds} of a run folder: tensors of checkpoints, JSON without times, bytes of the rest."""
+    """{path: what it holds} of a run folder.
+
+    Tensors of checkpoints, JSON without times, and the bytes of all the rest.
+    """
     import json
 
     import torch
@@ -325,11 +363,10 @@ def contents(folder):
     }
 
 
-# ------------------------------------------------------------------------------------------------ real processes
+# ---------------------------------------------------------------- real processes
 
-processes = multiprocessing.get_context(
-    "forkserver"
-)  # has imported torch once: a new process takes milliseconds
+# The fork server has imported torch once: a new process takes milliseconds.
+processes = multiprocessing.get_context("forkserver")
 
 
 def start(function, *args):
@@ -343,7 +380,10 @@ def start(function, *args):
 
 
 def command(argv, log, before=None, *args):
-    """For `start`: gdrt.py with these flags on one thread, its output in the file `log`; before(*args) is called first."""
+    """For `start`: gdrt.py with these flags on one thread, its output in the file `log`.
+
+    before(*args) is called first.
+    """
     import torch
 
     import gdrt

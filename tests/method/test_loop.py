@@ -76,7 +76,7 @@ def test_an_update_equals_autograd_through_the_loss(world, tau, prior, accumulat
         build_trees(prompts, windows),
         prompts,
         group,
-        gdrt.gdrt(tau, prior),
+        gdrt.gdrt_rule(tau, prior),
         torch.zeros(4),
         gdrt.TrainConfig(accumulate=accumulate),
     )
@@ -102,7 +102,7 @@ def test_sft_is_the_plain_mean(world, accumulate):
         build_trees(prompts, windows),
         prompts,
         group,
-        gdrt.sft,
+        gdrt.sft_rule,
         torch.zeros(4),
         gdrt.TrainConfig(accumulate=accumulate),
     )
@@ -124,7 +124,7 @@ def test_group_dro_moves_q_once_an_update(world, accumulate):
             build_trees(prompts, windows),
             prompts,
             group,
-            gdrt.group_dro(eta),
+            gdrt.group_dro_rule(eta),
             log_q,
             gdrt.TrainConfig(accumulate=accumulate),
         )
@@ -147,7 +147,7 @@ def test_accumulation_replays_dropout(world, kind):
     model = small_model(kind, dropout=0.1).train()
     trees, objective, job = (
         build_trees(prompts, windows),
-        gdrt.gdrt(0.5, "uniform"),
+        gdrt.gdrt_rule(0.5, "uniform"),
         gdrt.TrainConfig(accumulate=4),
     )
     assert len(trees) == 4
@@ -183,7 +183,7 @@ def test_one_batch_equals_four_micro_batches(world):
                 trees,
                 prompts,
                 group,
-                gdrt.gdrt(0.5, "uniform"),
+                gdrt.gdrt_rule(0.5, "uniform"),
                 torch.zeros(4),
                 gdrt.TrainConfig(accumulate=accumulate),
             )

@@ -18,10 +18,10 @@ from data import build_trees
 
 K = 4
 OBJECTIVES = {
-    "sft": gdrt.sft,
-    "gdrt": gdrt.gdrt(0.7, "uniform"),
-    "gdrt by share": gdrt.gdrt(0.7, "share"),
-    "group-dro": gdrt.group_dro(0.5),
+    "sft": gdrt.sft_rule,
+    "gdrt": gdrt.gdrt_rule(0.7, "uniform"),
+    "gdrt by share": gdrt.gdrt_rule(0.7, "share"),
+    "group-dro": gdrt.group_dro_rule(0.5),
 }
 
 

@@ -98,7 +98,7 @@ MOMENTS = {  # in the order in which one run meets them
     "in the write of a model": ("os", "replace", 1, "/model"),
     "after the rename of a model": ("gdrt", "evaluate_model", 1),
     "in the audit after training": ("gdrt", "audit", 1),
-    "in the last loss": ("gdrt", "group_dro_step", 15),
+    "in the last loss": ("gdrt", "training_step", 15),
     "before the table": ("gdrt", "result_table", 1),
 }
 
