@@ -162,9 +162,10 @@ def ablations(model, batch, segments, tries=(None,)):
 def mean_embedding(embedding):
     """Mean over the vocabulary of what the embedding layer returns, (D,): some layers scale it."""
     weight = embedding.weight
-    total = torch.zeros(weight.shape[1], device=weight.device)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = 0
     for tokens in torch.arange(len(weight), device=weight.device).split(8192):
-        total = total + embedding(tokens).float().sum(0)
+        total = total + embedding(tokens).to(wide).sum(0)
     return (total / len(weight)).to(weight.dtype)
 
 

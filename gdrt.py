@@ -5,11 +5,9 @@ and the title's own prefix) and neglects the user's history. GDRT groups the tar
 relevance to the auxiliary tokens and minimises a group-DRO objective over the groups, so that
 badly served groups weigh more (arXiv 2510.10978, reconstructed from its abstract).
 
-    symbol        meaning                    here
     g, K          group of a token, number   group, n_groups
     L_g, n_g      mean NLL, number of tokens group_loss, count
-    q_g           weight of group g          q
-    tau, prior    temperature, anchor of q   tau, prior
+    q_g, tau      its weight, temperature    q, tau
 
 Read data.py, attribution.py and evaluate.py first, each down to its ruler, then this file.
 """

@@ -28,7 +28,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Marked tests run only when -m asks for them.
 
-    Under xdist, a file's tests share a process, and so do all files that use `toy`: it is made once.
+    Under xdist, a file's tests share a process, and so do the files that use `toy`: made once.
     """
     toys = {item.path for item in items if "toy" in item.fixturenames}
     for item in items:
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def toy():
-    """(dataset, model, tokenizer, prompts): the toy shop and a tiny model fine-tuned on a part of it.
+    """(dataset, model, tokenizer, prompts): the toy shop and a tiny model tuned on a part of it.
 
     One epoch over TOY_WINDOWS windows in small batches: enough for the model to use the user.
     """
@@ -230,7 +230,7 @@ def small_model(
 
 
 def write_folder(folder, users=24, items=14, seed=0):
-    """RecBole files with random ratings: `users` who rate 9 to 12 of `items` films, or all there are."""
+    """RecBole files of random ratings: `users` who rate 9 to 12 of `items` films, or all."""
     import numpy as np
 
     random = np.random.default_rng(seed)

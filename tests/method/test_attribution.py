@@ -136,7 +136,7 @@ def test_forward_mode_equals_a_backward_per_target_token(
         assert len(points) == 3
         for j, point in enumerate(points):
             expected = by_backwards(model, prompts, windows, SEGMENTS[name], (2 * j + 1) / 6, legal)
-            assert expected.abs().max() > 0.02
+            assert expected.abs().max() > 0.1
             assert torch.allclose(
                 in_order(batch, point), expected, rtol=1e-6, atol=1e-12
             )  # a token without alternative: 0
@@ -297,7 +297,8 @@ def test_saturated_tokens_against_the_direct_form_in_float64():
 def test_ratio():
     aux, user = np.array([0.0, 1.0, -3.0, 0.0, 2.0]), np.array([0.0, 1.0, 1.0, -2.0, 0.0])
     with np.errstate(all="raise"):
-        assert ratio(aux, user).tolist() == [1, 0.5, 0.75, 0, 1]
+        assert ratio(aux, user).tolist() == pytest.approx([1, 0.6, 3.5 / 4.5, 0.2, 1])
+        assert ratio(np.array([1e-9]), np.array([3e-9]))[0] == pytest.approx(1)  # all but certain
 
 
 # ------------------------------------------------------------------------------------------------ relevance
@@ -341,7 +342,7 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
                     for segment in SEGMENTS.values()
                 ]
             else:
-                points = [(j + 0.5) / attribution.STEPS for j in range(attribution.STEPS)]
+                points = [(j + 0.5) / attribution.POINTS for j in range(attribution.POINTS)]
                 A = [
                     sum(by_backwards(model, prompts, [window], segment, s, legal) for s in points)
                     / len(points)
@@ -352,7 +353,7 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
                 r_token = (
                     1.0
                     if len(legal[tuple(prompts.titles[window.items[window.stop]][:j])]) == 1
-                    else aux / (aux + user)
+                    else (aux + 0.5) / (aux + user + 0.5)
                 )
                 expected.setdefault((window.items[window.stop], j), []).append(r_token)
     for (item, j), values in expected.items():
@@ -362,29 +363,14 @@ def test_relevance_is_the_mean_over_windows_of_a_target(method):
     ) < len(expected) / 2
 
 
-def test_the_sample_takes_each_target_so_often_and_whole_trees(toy):
+def test_the_sample_covers_every_target_with_whole_trees(toy):
     windows = toy[0].train
-    often = np.bincount([w.items[w.stop] for w in windows])
-    for per_title in (1, 3):
-        sample = sample_windows(windows, per_title, 0)
-        assert (
-            np.bincount([w.items[w.stop] for w in sample], minlength=len(often))
-            >= np.minimum(often, per_title)
-        ).all()
-        whole = {
-            id(w.items): [v for v in windows if v.items is w.items and v.start == w.start]
-            for w in sample[:50]
-        }
-        assert all(v in sample for tree in whole.values() for v in tree) and len(sample) < len(
-            windows
-        )
-        assert (
-            sample == sample_windows(windows, per_title, 0) != sample_windows(windows, per_title, 1)
-        )
-        place = {(w.user, w.stop): i for i, w in enumerate(windows)}
-        assert np.all(
-            np.diff([place[w.user, w.stop] for w in sample]) > 0
-        )  # in order, so that they share trees
+    sample = sample_windows(windows, 0)
+    assert {w.items[w.stop] for w in sample} == {w.items[w.stop] for w in windows}
+    assert len(sample) < len(windows) / 2
+    chosen = {(w.user, w.start) for w in sample}
+    assert sample == [w for w in windows if (w.user, w.start) in chosen]  # whole, and in order
+    assert sample == sample_windows(windows, 0) != sample_windows(windows, 1)
 
 
 def area_under_curve(values, positive):

@@ -323,7 +323,7 @@ def launch(tmp_path, monkeypatch):
         lambda *_: (small_model(vocabulary=len(tokenizer), scale=0.05), tokenizer),
     )
     monkeypatch.setattr(gdrt, "evaluate_and_audit", lambda *_: {"valid": {}, "seconds": 0})
-    monkeypatch.setattr(gdrt, "evaluate_popularity", lambda *_: {})
+    monkeypatch.setattr(gdrt, "evaluate_baselines", lambda *_: {"before": {}})
     monkeypatch.setattr(gdrt, "result_table", lambda *_: (("",), []))
 
     def launch(*flags):

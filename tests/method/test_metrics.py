@@ -1,7 +1,6 @@
-"""Metrics, comparison and predictions, against lists with known values and against plain loops.
+"""Metrics, comparison and predictions against hand-made lists with known values and against plain loops.
 
-`python tests/method/test_metrics.py` writes example_predictions.jsonl anew: the lists of a
-first-order Markov chain on toy.
+`python tests/method/test_metrics.py` writes example_predictions.jsonl anew: lists of a first-order Markov chain on toy.
 """
 
 import json
@@ -21,11 +20,11 @@ import evaluate
 from data import Dataset, InputError, Window, load_dataset
 
 EXAMPLE = Path(__file__).parents[1] / "example_predictions.jsonl"
-SCORE = {"HR@10": 0.19, "NDCG@10": 0.0947}  # what README says of the example
+SCORE = {"HR@10": 0.2283, "NDCG@10": 0.1260}  # what README says of the example
 
 
 def markov_lists(dataset):
-    """What another system's file looks like: the titles that most often follow the user's last."""
+    """What another system's file looks like: lines with the titles that most often follow the user's last one."""
     follows, often, longest = {}, Counter(), {}
     for w in dataset.train:
         longest[w.user] = w.items[: w.stop + 1]
@@ -69,7 +68,7 @@ def small(
     )
 
 
-# ---------------------------------------------------------------- accuracy
+# ------------------------------------------------------------------------------------------------ accuracy
 
 
 def one(items, target, scores=None, k=(5, 10)):
@@ -148,7 +147,7 @@ def test_accuracy_equals_a_loop():
         assert one(items, target, scores) == pytest.approx(wanted)
 
 
-# ---------------------------------------------------------------- fairness
+# ------------------------------------------------------------------------------------------------ fairness
 
 
 def test_training_positives_count_once():
@@ -218,10 +217,7 @@ def test_known_mgu_and_dgu():
 
 
 def test_list_metrics_by_hand():
-    """Ten items: one training positive of items 0 to 3, two of item 4, none of the others.
-
-    The groups of two by popularity: {5 6}, {7 8}, {9 0}, {1 2}, {3 4}.
-    """
+    """Ten items, one training positive of items 0..3 and two of 4: quintiles {5 6}, {7 8}, {9 0}, {1 2}, {3 4}."""
     dataset = small(
         train=((0, (0, 1, 2, 4), 3), (1, (3, 4), 1)),
         test=((0, (0, 1, 2, 4, 9), 4), (1, (3, 4, 9), 2)),
@@ -301,7 +297,7 @@ def test_popularity_lists():
     )
 
 
-# ---------------------------------------------------------------- comparison
+# ------------------------------------------------------------------------------------------------ comparison
 
 
 def test_interval_of_a_known_case():
@@ -316,7 +312,7 @@ def test_interval_of_a_known_case():
 
 
 def test_interval_covers():
-    """The 95% interval holds the truth about 95% of the time, windows of a user being alike."""
+    """The 95% interval holds the truth in about 95% of repetitions, windows of a user being alike."""
     source, held = np.random.default_rng(6), 0
     for _ in range(200):
         user = np.repeat(np.arange(60), 3)
@@ -337,7 +333,7 @@ def test_users_keep_their_windows():
 
 
 def test_resample_equals_a_loop():
-    """The vectorised bootstrap, draw by draw, from the same counts of users as they come."""
+    """The vectorised bootstrap, draw by draw, from the same counts: of users in the order in which they come."""
     source = np.random.default_rng(8)
     users, values = np.array([4, 4, 9, 2, 2, 2]), source.normal(size=(2, 6, 3))
     statistic = lambda mean: np.abs(mean).max(-1)  # noqa: E731
@@ -362,13 +358,13 @@ def test_resample_equals_a_loop():
 
 
 def test_ids_draw_as_indices_do():
-    """Users' numbers and names sort differently and give the same interval."""
+    """A user's number and its name, which sort differently, give the same interval: report and command agree."""
     x, users = np.random.default_rng(4).normal(size=(1, 30)), np.arange(30)
     assert evaluate.interval(x, users) == evaluate.interval(x, [str(u) for u in users])
 
 
 def test_interval_of_a_size_covers():
-    """Nearly fair lists: chance adds to MGU, twice in the draws; the interval allows for it."""
+    """Lists that are nearly fair: chance adds to MGU, twice where lists are drawn from lists, and the interval allows for it."""
     source, GH, truth = np.random.default_rng(2), np.full(5, 0.2), 0.004
     users, statistic, held, percentiles = (
         np.arange(150),
@@ -492,7 +488,7 @@ def test_mgu_of_resampled_lists():
         assert low <= high
 
 
-# ---------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------------------ predictions
 
 ANN, BOB = (
     {"user": "ann", "position": 4, "titles": ["Title 4", "Title 5", "Title 6", "Title 7"]},
@@ -559,10 +555,7 @@ def test_predictions_refused(tmp_path, lines, says):
 
 
 def test_equal_scores_beyond_the_tenth_find_nothing(tmp_path):
-    """The whole catalogue with one score, the target first: its mean rank among all is no hit.
-
-    A longer list changes nothing else.
-    """
+    """The whole catalogue with one score, the target first: its mean rank among all is no hit. A longer list changes nothing else."""
     dataset, path = small(items=40), tmp_path / "lists.jsonl"
 
     def metrics(scores):

@@ -145,7 +145,7 @@ def another_format(content, path):
 
 
 DAMAGE = {
-    "another format": (another_format, "checkpoint format 99 where 1 belongs"),
+    "another format": (another_format, "checkpoint format 99 where 2 belongs"),
     "cut": (
         lambda content, path: path.write_bytes(content[: len(content) // 2]),
         "not a checkpoint of this run",
