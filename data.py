@@ -824,7 +824,7 @@ def toy_table(seed):
         for item, moment in zip(bought, moments):
             ratings.append((str(user), str(item), 4.0, float(moment)))
     words = [
-        ["bias" if kind == BESTSELLER else "taste"] + ["bias"] * (DETAILS + 2) for kind in kinds
+        ["bias" if kind == BESTSELLER else "taste"] + ["bias"] * (DETAILS + 3) for kind in kinds
     ]
     genres = {str(i): (str(kind),) for i, kind in enumerate(kinds)}
     return Table(titles, genres, ratings), {"words": words, "tastes": tastes}

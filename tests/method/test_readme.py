@@ -112,13 +112,6 @@ def test_tables_are_those_of_the_results(monkeypatch):
     )
 
 
-def test_the_front_page_stays_one():
-    assert len(README.splitlines()) <= 200
-    assert len(README.encode()) <= 13_000
-    wide = [line for line in README.splitlines() if len(line) > (110 if line[:1] == "|" else 100)]
-    assert not wide
-
-
 def test_the_method_stands_above_the_rulers():
     """In at most 450 lines of the four files together."""
     above = 0
