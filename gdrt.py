@@ -124,7 +124,7 @@ def train(
             journal.state, line = training_step(
                 model, optimizer, batch, prompts, group_of, rule, journal.state, cfg
             )
-            journal.record(step, line, batch)
+            journal.record(step, line, batch, batches[step])
         return journal.seconds()
 
 
@@ -435,11 +435,12 @@ class Journal:
             self.began = time.perf_counter()
             yield step
 
-    def record(self, step, line, trees):
+    def record(self, step, line, trees, indices):
         """Log an update and, now and then, save the checkpoint; end the run after Ctrl-C."""
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             raise InputError(
-                f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g}; "
+                f"update {step}: loss {line['loss']:g} with gradient norm {line['grad_norm']:g} "
+                f"on the batch of trees {', '.join(map(str, indices[:4]))}...; "
                 "the last checkpoint is kept; lower --lr and choose another --name"
             )
         seconds = time.perf_counter() - self.began

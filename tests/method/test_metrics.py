@@ -20,7 +20,7 @@ import evaluate
 from data import Dataset, InputError, Window, load_dataset
 
 EXAMPLE = Path(__file__).parents[1] / "example_predictions.jsonl"
-SCORE = {"HR@10": 0.2283, "NDCG@10": 0.1260}  # what README says of the example
+SCORE = {"HR@10": 0.2160, "NDCG@10": 0.1112}  # what README says of the example
 
 
 def markov_lists(dataset):

@@ -322,40 +322,28 @@ def test_a_sweep_at_its_usual_value_is_the_grids_own_run():
 # controls
 
 
-def gradient(objective, nll, group, K):
-    nll = nll.clone().requires_grad_()
-    count = torch.bincount(group, minlength=K).float()
-    mean = torch.tensor(
-        [nll[group == g].mean().item() if (group == g).any() else 0 for g in range(K)]
-    )
-    terms, q, _ = objective(nll, group, mean, count, torch.zeros(K))
-    return torch.autograd.grad(terms.sum(), nll)[0], q
-
-
-def test_fixed_weights_and_focal_against_the_written_formula():
-    nll, group = (
-        torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1]),
-        torch.tensor([0, 0, 1, 3, 3]),
-    )  # group 2 is absent
-    found, q = gradient(quality.fixed([0.4, 0.1, 0.3, 0.2]), nll, group, 4)
-    expected = [0.4 / 0.7 / 2, 0.4 / 0.7 / 2, 0.1 / 0.7, 0.2 / 0.7 / 2, 0.2 / 0.7 / 2]
-    assert found.tolist() == pytest.approx(expected) and q[2] == 0
+def test_fixed_weights_and_focal_against_the_written_formula(monkeypatch):
+    count = torch.tensor([2.0, 1.0, 0.0, 2.0])  # group 2 is absent
+    q, _ = quality.fixed_rule([0.4, 0.1, 0.3, 0.2])(torch.rand(4), count, None)
+    assert q.tolist() == pytest.approx([0.4 / 0.7, 0.1 / 0.7, 0, 0.2 / 0.7])
+    nll = torch.tensor([0.5, 2.0, 1.0, 3.0, 0.1])
     p = torch.exp(-nll)
-    found, _ = gradient(
-        quality.focal(2.0), nll, group, 4
-    )  # d/dnll (1 - p)^2 nll = (1 - p)^2 + 2 (1 - p) p nll
-    assert found.tolist() == pytest.approx(
-        (((1 - p) ** 2 + 2 * (1 - p) * p * nll) / 5).tolist(), rel=1e-5
-    )
-    assert gradient(quality.focal(0.0), nll, group, 4)[0].tolist() == pytest.approx(
-        [0.2] * 5
-    )  # the plain mean
+    # The mean's gradient: d/dnll (1 - p)^2 nll = (1 - p)^2 + 2 (1 - p) p nll; gamma 0: plain mean.
+    expected = {2.0: ((1 - p) ** 2 + 2 * (1 - p) * p * nll) / 5, 0.0: torch.full((5,), 0.2)}
+    monkeypatch.setattr(quality.gdrt, "token_nll", lambda x: x)
+    for gamma, wanted in expected.items():
+        leaf = nll.clone().requires_grad_()
+        with quality.focal_loss(gamma):
+            loss = quality.gdrt.token_nll(leaf).mean()
+        (found,) = torch.autograd.grad(loss, leaf)
+        assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-5)
+        assert quality.gdrt.token_nll(1) == 1  # what was there is back
 
 
 def test_control_groups_sort_what_they_say(little):
     dataset, model, _, prompts = little
     windows = dataset.train[:120]
-    setup = quality.Setup(copy.deepcopy(model), prompts, windows, [], [], 1)
+    setup = quality.gdrt.Setup(copy.deepcopy(model), None, prompts, windows, [], [], 1)
     weights = quality.copied(model)
     cfg = Namespace(device="cpu")
     begun = quality.Start(dataset, setup, cfg, None, weights, weights, 0.0, {})
@@ -371,7 +359,7 @@ def test_control_groups_sort_what_they_say(little):
             assert (r[known] == np.nonzero(known)[1]).all()
     from attribution import sample_windows
 
-    sample = sample_windows(windows, 4, 0)
+    sample = sample_windows(windows, 0)
     w = next(
         w for w in sample if sum(v.items[v.stop] == w.items[w.stop] for v in sample) == 1
     )  # its title's only window
