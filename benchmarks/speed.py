@@ -243,7 +243,15 @@ def training_row(model, tokenizer, prompts, windows, per_update, candidates, job
         if batch := [trees[i] for i in next(updates, [])]:
             seconds.append(
                 seconds_of(
-                    gdrt.training_step, mine, optimizer, batch, prompts, group, gdrt.sft_rule, log_q, job
+                    gdrt.training_step,
+                    mine,
+                    optimizer,
+                    batch,
+                    prompts,
+                    group,
+                    gdrt.sft_rule,
+                    log_q,
+                    job,
                 )[0]
             )
             work.append(sum(len(set(tree.window)) for tree in batch))

@@ -314,13 +314,6 @@ def fails(capsys):
     return run
 
 
-def json_lines(path):
-    """The objects of a JSON lines file."""
-    import json
-
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 # Keys of what a clock or git says; all else is equal where the seed is.
 OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}
 

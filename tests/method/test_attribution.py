@@ -13,6 +13,7 @@ from conftest import (
     prompt_of,
     random_prompts,
     random_windows,
+    score,
     separate_logits,
     small_model,
 )
@@ -59,18 +60,6 @@ def kinds_of(prompts, window):
         kinds
         + [TEMPLATE] * len(prompts.marker)
         + [TITLE] * len(prompts.titles[window.items[window.stop]])
-    )
-
-
-def score(logits, labels, legal):
-    """Log p (L,) of a title's tokens from logits (L, V), over the vocabulary or the continuations {prefix: tokens}."""
-    if legal is None:
-        return logits.log_softmax(-1)[torch.arange(len(labels)), torch.tensor(labels)]
-    return torch.stack(
-        [
-            z[y] - z[legal[tuple(labels[:j])]].logsumexp(0)
-            for j, (z, y) in enumerate(zip(logits, labels))
-        ]
     )
 
 

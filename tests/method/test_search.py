@@ -337,7 +337,15 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     updates = gdrt.make_batches(trees, 128, 1, 0)
     table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
     gdrt.train(
-        model, prompts, trees, updates, (0, len(updates)), table, gdrt.sft_rule, 1, gdrt.TrainConfig()
+        model,
+        prompts,
+        trees,
+        updates,
+        (0, len(updates)),
+        table,
+        gdrt.sft_rule,
+        1,
+        gdrt.TrainConfig(),
     )
     chosen, legal = dataset.test[::19][:50], continuations(prompts)
     model.eval()

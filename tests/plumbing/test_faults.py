@@ -21,21 +21,6 @@ import gdrt
 LINUX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 
 
-@pytest.fixture
-def fails(capsys):
-    """fails(flags) -> the one sentence with which gdrt.py ends, exit code 2."""
-
-    def run(flags):
-        with pytest.raises(SystemExit) as end:
-            gdrt.main([str(flag) for flag in flags])
-        assert end.value.code == 2
-        error = capsys.readouterr().err
-        assert "Traceback" not in error
-        return error.splitlines()[-1]
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
     """(flags, contents of a run that nothing happened to)."""

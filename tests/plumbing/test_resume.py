@@ -109,12 +109,10 @@ def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     for moment, where in MOMENTS.items():
         resume = ["--resume"] if (tmp_path / "run" / "config.json").exists() else []
-        assert (
-            finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL
-        ), f"{moment}: {(tmp_path / 'log').read_text()}"
-    assert finish([*flags, "--resume"], tmp_path / "log") == 0, (
-        tmp_path / "log"
-    ).read_text()
+        assert finish([*flags, *resume], tmp_path / "log", die_in, *where) == -signal.SIGKILL, (
+            f"{moment}: {(tmp_path / 'log').read_text()}"
+        )
+    assert finish([*flags, "--resume"], tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert_same(tmp_path / "run", folder)
 
 
