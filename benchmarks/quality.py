@@ -41,8 +41,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import tables
 from outcomes import KINDS, add_arrays, add_lines, by_user, read_array, read_lines
 
+import data
 import gdrt
-from attribution import cut_groups, mean_by_place, relevance, sample_windows
+from attribution import cut_groups, diagnose, mean_by_place, relevance, sample_windows
 from data import (
     InputError,
     announce,
@@ -81,6 +82,7 @@ SETTINGS = {
     "main": ALL_WINDOWS | PARSER_DEFAULTS,
     "toy": TOY,
     "toy-shop": TOY | PARSER_DEFAULTS,
+    "toy-short": TOY | PARSER_DEFAULTS | {"dataset": "toy-short"},
     "transfer": FEW_WINDOWS,
     "transfer-uniform": FEW_WINDOWS | {"epochs": 4, "lr": 4e-3},
     # What two cores train in minutes: not tuned, the same for every loss.
@@ -150,7 +152,7 @@ TRANSFERS = {
     "transfer-uniform": ("sft", "gdrt uniform by ablation"),
 }
 TRIALS = ("tune-lr", "tune-tau", "tune-leave-one-out", "tune-lr-msl", "tune-groups", "tune-epochs")
-TRIALS += ("untrained", "epochs", "toy-epochs")
+TRIALS += ("untrained", "epochs", "few-windows", "toy-epochs", "toy-short")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,7 +233,12 @@ def tuning_runs(name):
     if name == "untrained":
         return trials(both, SETTINGS["main"], seeds=5)
     if name == "epochs":
-        return trials(both, SETTINGS["main"], epochs=(1, 2, 3, 4))
+        return trials(both, SETTINGS["main"], seeds=3, epochs=(1, 2, 3, 4))
+    if name == "few-windows":
+        few = SETTINGS["main"] | {"windows": 10_000}
+        return trials(both, few, seeds=3, epochs=(2, 4))
+    if name == "toy-short":  # the same shop, but no title has words of detail
+        return trials(both, SETTINGS["toy-short"], seeds=3)
     assert name == "toy-epochs", name
     return trials(both, SETTINGS["toy-shop"], seeds=3, epochs=(1, 2, 3, 4, 6, 8))
 
@@ -343,6 +350,7 @@ class Start(NamedTuple):
     before: dict  # the model's weights before the warm-up
     warm: dict  # and after it
     seconds: float  # of the warm-up
+    diagnosis: dict  # of the model after the warm-up
     measured: dict  # {relevance: (r, seconds)}
 
 
@@ -372,6 +380,17 @@ def title_shape(prompts):
     return len(prompts.titles), prompts.trie.path.shape[1] - 1
 
 
+@contextlib.contextmanager
+def short_titles(name):
+    """Inside, the shop's titles have no words of detail if the data set's name is toy-short."""
+    words = data.DETAILS
+    data.DETAILS = 0 if name == "toy-short" else words
+    try:
+        yield
+    finally:
+        data.DETAILS = words
+
+
 # Kept are the starts of softmax full and trie, and SFT's own where its learning rate differs.
 @functools.lru_cache(maxsize=3)
 def start(text, data_dir, cache, device, precision):
@@ -380,7 +399,8 @@ def start(text, data_dir, cache, device, precision):
     vars(args).update(json.loads(text), data_dir=data_dir, cache=cache, save_every=10**9)
     vars(args).update(device=device, precision=precision)
     cfg = gdrt.make_train_config(args)
-    dataset = load_dataset(args.path, data_dir, cache, args.split, args.history)
+    with short_titles(args.dataset):
+        dataset = load_dataset(args.path, data_dir, cache, args.split, args.history)
     setup = gdrt.prepare(args, dataset, cfg)
     before = copied(setup.model)
     folder = tempfile.TemporaryDirectory()
@@ -388,13 +408,15 @@ def start(text, data_dir, cache, device, precision):
     one_group = np.zeros(setup.prompts.trie.path.shape, dtype=int)
     warmup = Path(folder.name) / "warmup"
     seconds = train_span(setup, cfg, (0, setup.warmup), one_group, gdrt.sft_rule, 1, warmup)
-    return Start(dataset, setup, cfg, folder, before, copied(setup.model), seconds, {})
+    found = diagnose(setup.model, setup.prompts, setup.windows, args.seed, cfg.device)
+    return Start(dataset, setup, cfg, folder, before, copied(setup.model), seconds, found, {})
 
 
 def begin(arguments, options):
     """The Start of a run, made once for all runs that share it."""
     named = {name: arguments[name] for name in START if name in arguments}
-    named["path"] = options.paths.get(arguments["dataset"], arguments["dataset"])
+    path = "toy" if arguments["dataset"] == "toy-short" else arguments["dataset"]
+    named["path"] = options.paths.get(arguments["dataset"], path)
     text = json.dumps(named, sort_keys=True)
     return start(text, options.data_dir, options.cache, options.device, options.precision)
 
@@ -579,7 +601,7 @@ def perform(run, options):
     begun.setup.model.load_state_dict(begun.before)  # measuring has left other weights in it
     if arguments["loss"] not in UNTRAINED:
         seconds["train"], told = train_by(begun, arguments, group, n_groups, options)
-        line |= told
+        line |= told | {"diagnosis": begun.diagnosis}
 
     trained = time.perf_counter()
     told, by_part = evaluate_outcomes(begun, arguments, held, n_held)
