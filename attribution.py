@@ -590,6 +590,7 @@ def parser():
         default=PATH_STEPS,
         help=f"points of the gradient's path (default: {PATH_STEPS})",
     )
+    p.add_argument("--dataset", help="where the run's data is now, if it has moved")
     p.add_argument("--html", metavar="FILE", help="write a page with the tokens shaded")
     p.add_argument("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
     p.add_argument(
@@ -603,7 +604,8 @@ def main(argv=None):
     limit_onednn_cache(args.cache)
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: one point or more is needed")
-    _, dataset, model, tokenizer, prompts = load_run(args.run, args.cache, args.data_dir)
+    places = args.cache, args.data_dir, args.dataset
+    _, dataset, model, tokenizer, prompts = load_run(args.run, *places)
     window = choose_window(dataset, args.user, args.title)
     record = name_items(
         token_attribution(model, tokenizer, prompts, window, args.method, args.steps),

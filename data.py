@@ -1144,7 +1144,7 @@ def load_dataset(
     try:
         if name == "toy":
             table, planted = toy_table(seed)
-            return from_table(name, table._replace(domain=domain or "movies"), *options, planted)
+            return from_table(name, table._replace(domain=domain or "products"), *options, planted)
         if name in PUBLISHED:
             table = fetch_movielens(name, data_dir, cache)
             return from_table(name, table._replace(domain=domain or "movies"), *options)
@@ -1173,6 +1173,7 @@ DOMAINS = {  # the words that TASK takes: noun, verb
     "book": ("books", "read"),
     "office": ("office products", "used"),
     "games": ("games", "played"),
+    "products": ("products", "bought"),
     "items": ("items", "chosen"),
 }
 VOCABULARY = 4096  # of the tiny model: most words of MovieLens titles become one token

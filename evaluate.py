@@ -770,15 +770,17 @@ def in_brackets(value, low, high, sign=""):
     return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]{star}"
 
 
-def evaluate_run(folder, cache=None, data_dir=None):
+def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
     """Metrics of a finished run, recomputed from its model/ -> dict.
+
+    dataset: where the data is now, if it has moved since.
 
     Keys: loss, folder, config, dataset, part, metrics, per_window, items, moved. The last one is
     {metric: (as training wrote it, now)} of the single numbers that differ by 1e-4 or more; lists
     by group are not compared.
     """
     folder = Path(folder)
-    config, dataset, model, _, prompts = load_run(folder, cache, data_dir)
+    config, dataset, model, _, prompts = load_run(folder, cache, data_dir, dataset)
     arguments = config["arguments"]
     group = np.array(read_json(folder.parent / "groups.json")["group"])
     part = "valid" if arguments["no_test"] else "test"
@@ -1212,16 +1214,20 @@ def parser():
     )
     p.add_argument(
         "--dataset",
-        help="what --predictions are for, where no RUN is given; --split and --min-rating as for "
-        "gdrt.py",
+        help="where the RUN's data is now, if it has moved; without a RUN, what --predictions "
+        "are for",
     )
     p.add_argument(
         "--split",
         choices=("leave-one-out", "time"),
-        default="leave-one-out",
-        help=argparse.SUPPRESS,
+        help="of --dataset, without a RUN (default: leave-one-out)",
     )
-    p.add_argument("--min-rating", type=float, default=4.0, help=argparse.SUPPRESS)
+    p.add_argument(
+        "--min-rating",
+        type=float,
+        metavar="R",
+        help="of --dataset, without a RUN: ratings from R up are positives (default: 4)",
+    )
     p.add_argument(
         "--report",
         nargs="?",
@@ -1252,7 +1258,8 @@ def losses_of(folder):
 
 def evaluate_runs(folders, args):
     """Results of evaluate_run, of runs on the same windows; says which training wrote otherwise."""
-    runs = [evaluate_run(folder, args.cache, args.data_dir) for folder in folders]
+    places = args.cache, args.data_dir, args.dataset
+    runs = [evaluate_run(folder, *places) for folder in folders]
     for run in runs:
         if (run["dataset"].digest, run["part"]) != (runs[0]["dataset"].digest, runs[0]["part"]):
             raise InputError(
@@ -1296,6 +1303,8 @@ def main(argv=None):
     limit_onednn_cache(args.cache)
     if not args.runs and not (args.predictions and args.dataset):
         raise InputError("name one RUN or more, or give --predictions FILE with --dataset")
+    if args.runs and (args.split or args.min_rating is not None):
+        raise InputError("--split, --min-rating: a RUN has its own; leave them out")
     folders = [loss for folder in args.runs for loss in losses_of(folder)]
     if args.report and len({folder.resolve().parent for folder in folders}) != 1:
         raise InputError("--report: it is about one run; name one")
@@ -1305,7 +1314,11 @@ def main(argv=None):
         part = runs[0]["part"]
     else:
         dataset = load_dataset(
-            args.dataset, args.data_dir, args.cache, args.split, min_rating=args.min_rating
+            args.dataset,
+            args.data_dir,
+            args.cache,
+            split=args.split or "leave-one-out",
+            min_rating=4.0 if args.min_rating is None else args.min_rating,
         )
         part = "test"
     windows = getattr(dataset, part)

@@ -190,6 +190,7 @@ from attribution import (
     token_attribution,
 )
 from data import (
+    DOMAINS,
     InputError,
     announce,
     attention,
@@ -197,6 +198,7 @@ from data import (
     by_shared_prefix,
     collate,
     fall_back_to_unpacked,
+    forgive_stdout,
     is_complete,
     legal_tokens,
     limit_onednn_cache,
@@ -209,6 +211,7 @@ from data import (
     save_model,
     start_model,
     target_logits,
+    weights_digest,
     write_atomic,
 )
 from evaluate import (
@@ -545,9 +548,8 @@ def open_dataset(folder, args, cfg):
     """
     if cfg.rank > 0:
         barrier(cfg)
-    dataset = load_dataset(
-        args.dataset, args.data_dir, args.cache, args.split, args.history, args.min_rating
-    )
+    options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
+    dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=args.domain, **options)
     config = open_run(folder, args, dataset) if cfg.rank == 0 else None
     if cfg.rank == 0:
         print_stats(dataset)
@@ -558,6 +560,9 @@ def open_dataset(folder, args, cfg):
 def open_run(folder, args, dataset):
     """What config.json is to hold, for a run that is new or, on --resume, the same as before."""
     arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    for name in ("dataset", "model"):
+        if Path(arguments[name]).is_dir():  # the run is found again from any working directory
+            arguments[name] = str(Path(arguments[name]).resolve())
     path = folder / "config.json"
     if not path.exists():
         if args.resume:
@@ -565,7 +570,7 @@ def open_run(folder, args, dataset):
                 f"--resume: there is no run in {folder}; leave the flag out, "
                 "or name the run by --out and --name"
             )
-        data = {"data": dataset.digest, "facts": dataset.stats}
+        data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
         return {"arguments": arguments, **data, **environment()}
     if not args.resume:
         raise InputError(
@@ -574,12 +579,14 @@ def open_run(folder, args, dataset):
     before = read_json(path)
     for name, value in arguments.items():
         old = before["arguments"].get(name)
-        if value != old:
+        # Data and models may have moved: what they hold is compared, not where they lie.
+        moved = name in ("dataset", "model") and Path(value).is_dir()
+        if value != old and not moved:
             raise InputError(
                 f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
                 "give what it was, or another --name"
             )
-    if dataset.digest != before["data"]:
+    if (dataset.digest, dataset.domain) != (before["data"], before["domain"]):
         raise InputError(
             f"--resume: the data of --dataset {args.dataset} has changed since {path}; "
             "bring it back, or choose another --name"
@@ -610,7 +617,8 @@ def prepare(args, dataset, cfg):
     # The batches are of whole trees, whether these run packed or not: the same windows an update.
     trees = build_trees(prompts, windows)
     batches = make_batches(trees, args.batch, args.epochs, args.seed)
-    prompts = fall_back_to_unpacked(model, prompts, windows, cfg.device)
+    read = windows + dataset.valid + dataset.test
+    prompts = fall_back_to_unpacked(model, prompts, read, cfg.device)
     if args.no_pack or not prompts.packed:
         members = [np.unique(tree.window).tolist() for tree in trees]
         batches = [sum((members[i] for i in batch), []) for batch in batches]
@@ -645,6 +653,13 @@ def write_config(folder, config, setup, dataset, cfg):
     """config.json, the first file of a run: a start that failed leaves no run behind."""
     if cfg.rank > 0:
         return
+    path = folder / "config.json"
+    digest = weights_digest(setup.model)
+    if config.setdefault("weights", digest) != digest:
+        raise InputError(
+            f"--resume: the weights that this run starts from have changed since {path}; "
+            "bring them back, or choose another --name"
+        )
     prompts = setup.prompts
     held_out = build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
     left = [tree.dropped for tree in setup.trees + held_out if tree.dropped]
@@ -653,7 +668,7 @@ def write_config(folder, config, setup, dataset, cfg):
             f"{sum(left)} titles of {len(left)} histories are left out, the oldest: "
             f"the model has {prompts.max_positions} positions"
         )
-    write_atomic(folder / "config.json", json.dumps(config, indent=1))
+    write_atomic(path, json.dumps(config, indent=1))
 
 
 def warm_up(setup, seed, folder, cfg):
@@ -1027,6 +1042,11 @@ def parser():
         "files (NAME.inter, NAME.item) or train.csv, test.csv, id2name4Rec.json",
     )
     add(
+        "--domain",
+        choices=tuple(DOMAINS),
+        help="what the items are called in the prompt (default: what the files or their names say)",
+    )
+    add(
         "--data-dir",
         metavar="PATH",
         help="folder or zip that holds MovieLens already; nothing is fetched then",
@@ -1190,6 +1210,7 @@ def parser():
 
 
 def main(argv=None):
+    forgive_stdout()
     args = parser().parse_args(argv)
     limit_onednn_cache(args.cache)
     args.name = (

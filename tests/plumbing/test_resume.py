@@ -4,9 +4,11 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,6 +227,7 @@ CHANGED = {
     "no_test": None,
     "model": "tiny",
     "dataset": "toy",
+    "domain": "book",
 }
 
 
@@ -256,6 +259,36 @@ def test_changed_data_is_refused(whole, tmp_path, capsys):
     finally:
         inter.write_text(text)
     assert "the data of --dataset" in error and "has changed" in error
+
+
+def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatch):
+    flags, folder, _ = whole
+    before = contents(folder)
+    films = Path(flags[flags.index("--dataset") + 1]).resolve()
+    argv = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"]
+    link = tmp_path / "link"
+    link.symlink_to(films)
+    copied = tmp_path / "copied" / films.name
+    shutil.copytree(films, copied)
+    monkeypatch.chdir(films.parent)
+    for place in (films.name, link, copied):
+        gdrt.main([*argv, "--dataset", str(place)])
+    assert contents(folder) == before
+    assert json.loads((folder / "config.json").read_text())["arguments"]["dataset"] == str(films)
+
+
+def test_changed_weights_of_the_start_are_refused(whole, capsys):
+    flags, folder, _ = whole
+    path = folder / "config.json"
+    text = path.read_text()
+    weights = json.loads(text)["weights"]
+    assert len(weights) == 64
+    try:
+        path.write_text(text.replace(weights, "0" * 64))
+        error = refused([*flags, "--out", str(folder.parent), "--name", "run", "--resume"], capsys)
+    finally:
+        path.write_text(text)
+    assert "the weights that this run starts from have changed" in error
 
 
 def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, capsys):
