@@ -499,7 +499,10 @@ def token_attribution(
 
 
 def prompt_spans(prompts, window, tree):
-    """The parts of a prompt: [{name, kind, start, end}], kind bos, template, user (an item) or title."""
+    """The parts of a prompt: [{name, kind, start, end}].
+
+    kind: bos, template, user (one item of the history) or title.
+    """
     spans, at = [], 0
 
     def span(name, kind, length):
@@ -518,7 +521,7 @@ def prompt_spans(prompts, window, tree):
 
 
 def span_sums(record):
-    """(spans, N + 1) sums of a record's values over each span; the last column: all target tokens."""
+    """(spans, N + 1) sums of a record's values over each span; last column: all target tokens."""
     values = np.array(record["values"])  # (N, T)
     sums = np.stack([values[:, s["start"] : s["end"]].sum(1) for s in record["spans"]])
     return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
