@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import small_model
@@ -9,7 +11,7 @@ from conftest import small_model
 import attribution
 import evaluate
 import gdrt
-from data import load_dataset, tiny_tokenizer
+from data import InputError, load_dataset, tiny_tokenizer
 
 METHOD = {
     "loss": ["sft", "gdrt", "group-dro"],
@@ -19,6 +21,7 @@ METHOD = {
     "prior": "share",
     "eta": 0.1,
     "warmup": 0.3,
+    "domain": "book",
     "split": "time",
     "history": 4,
     "windows": 90,
@@ -148,7 +151,7 @@ def test_resume_of_a_finished_run_prints_its_table_again(runs, capsys):
     )
 
 
-def test_attribution_and_evaluate_take_every_flag(runs, tmp_path, capsys):
+def test_attribution_and_evaluate_take_every_flag(small, runs, tmp_path, capsys):
     folder = runs["method"][1] / "gdrt"
     line = json.loads((folder / "predictions.jsonl").read_text().splitlines()[-1])
     cache = [
@@ -170,6 +173,8 @@ def test_attribution_and_evaluate_take_every_flag(runs, tmp_path, capsys):
             "3",
             "--html",
             str(tmp_path / "a.html"),
+            "--dataset",
+            small[1],
             *cache,
         ]
     ]
@@ -210,6 +215,28 @@ def test_attribution_and_evaluate_take_every_flag(runs, tmp_path, capsys):
         evaluate.main(some)
         assert "1 windows without a list, counted as misses" in capsys.readouterr().out
     assert (tmp_path / "r.html").exists() and not seen_flags(evaluate.parser(), *flags)
+
+
+def test_data_that_moved_is_read_where_it_is_now(small, runs, tmp_path, capsys):
+    """The run's config.json names a folder that is gone; --dataset says where its data is."""
+    moved = tmp_path / "moved" / Path(small[1]).name
+    shutil.copytree(small[1], moved)
+    run = tmp_path / "run"
+    shutil.copytree(runs["method"][1], run)
+    config = json.loads((run / "config.json").read_text())
+    assert Path(config["arguments"]["dataset"]).is_absolute()
+    config["arguments"]["dataset"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    for main in (evaluate.main, attribution.main):
+        with pytest.raises(InputError, match="gone"):
+            main([str(run / "gdrt")])
+    evaluate.main([str(run / "gdrt"), "--dataset", str(moved)])
+    assert "metrics equal those that training wrote" in capsys.readouterr().out
+    attribution.main([str(run / "gdrt"), "--dataset", str(moved)])
+    assert "attribution by gradient" in capsys.readouterr().out
+    for option in (["--split", "time"], ["--min-rating", "2"]):
+        with pytest.raises(InputError, match="a RUN has its own"):
+            evaluate.main([str(run / "gdrt"), *option])
 
 
 @pytest.mark.parametrize("kind, tied", [("gpt2", True), ("llama", False), ("mamba", False)])
