@@ -31,9 +31,8 @@ def group_sums(nll, group, n_groups):
 def group_weights(group_loss, count, tau, prior="uniform"):
     """q (K,) that maximises sum_g q_g L_g - tau KL(q || prior): q_g ~ prior_g exp(L_g / tau).
 
-    group_loss, count: mean NLL in nats and number of tokens of each group; an absent group takes
-    no part. Shapes: (K,). tau > 0: small, and the worst group takes all; inf, and q is the prior.
-    prior: "uniform" over the groups present, or "share" of the tokens (with tau = inf this is SFT).
+    group_loss, count (K,): mean NLL in nats and number of tokens; an absent group takes no part.
+    prior: "uniform" over the groups present, or "share" of the tokens (with tau = inf it is SFT).
     """
     anchor = count if prior == "share" else count > 0
     L = torch.where(count > 0, group_loss.detach(), 0)  # (K,)
@@ -42,11 +41,10 @@ def group_weights(group_loss, count, tau, prior="uniform"):
 
 
 def gdrt_loss(nll, group, n_groups, tau, prior="uniform"):
-    """(loss, q, group_loss) of nll (N,), the NLL of each target token, and group (N,), its group.
+    """(sum_g q_g L_g, q, L) of nll (N,), the NLL of each target token, and group (N,), its group.
 
-    The loss is sum_g q_g L_g; its gradient is that of tau log sum_g prior_g exp(L_g / tau). L_g is
-    the mean over the GLOBAL batch: with micro-batches or ranks, add up group_sums, then weigh each
-    token by q_g / n_g. Batch size is part of the method: noisy means bias q to whatever is high.
+    Its gradient is that of tau log sum_g prior_g exp(L_g / tau). L_g is the mean over the GLOBAL
+    batch: with micro-batches or ranks, add up group_sums, then weigh each token by q_g / n_g.
     """
     nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # bf16 would stop counting at 256
     total, count = group_sums(nll, group, n_groups)  # (K,), (K,)
