@@ -57,7 +57,8 @@ def ratio(aux, user, floor=FLOOR):
     Without c, a token that is all but certain has the quotient of two tiny numbers. With it such a
     token counts as relevant to the auxiliary tokens, as one that needs no user should.
     """
-    aux, user = np.abs(aux), np.abs(user)
+    aux = np.abs(aux)
+    user = np.abs(user)
     return (aux + floor) / (aux + user + floor)
 
 
@@ -278,7 +279,8 @@ def sample_windows(windows, seed):
     order: their shared prefixes are paid for once, and few trees cover the catalogue.
     """
     groups = by_shared_prefix(windows)
-    targets = [{windows[i].items[windows[i].stop] for i in group} for group in groups]
+    target = [w.items[w.stop] for w in windows]
+    targets = [set(map(target.__getitem__, group)) for group in groups]
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     queue = [(-len(targets[g]), place, g) for place, g in enumerate(order)]
     heapq.heapify(queue)
@@ -298,7 +300,8 @@ def sample_windows(windows, seed):
 def mean_by_place(values, item, place, prompts):
     """Means of values (N,) by title and place in the title -> (items, L), NaN where none is."""
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
-    total, count = np.zeros(shape), np.zeros(shape)
+    total = np.zeros(shape)
+    count = np.zeros(shape)
     np.add.at(total, (item, place), values)
     np.add.at(count, (item, place), 1)
     return np.where(count > 0, total / np.where(count > 0, count, 1), np.nan)
@@ -341,7 +344,7 @@ def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=No
 
 
 def own_prompt_mask(position, seen):
-    """(B, 1, T, T) additive: a token sees itself and those of `seen` (B, T) before it, same prompt."""
+    """(B, 1, T, T) additive: a token sees itself and its prompt's earlier ones in `seen` (B, T)."""
     B, T = position.shape
     prompt = (position == 0).cumsum(1)  # (B, T) number of the prompt in its row
     visible = (prompt[:, :, None] == prompt[:, None, :]) & seen[:, None, :]  # (B, T, T)
@@ -431,9 +434,7 @@ def language_share(model, prompts, trees, device="cpu"):
 
 # ---------------------------------------------------------------- one prompt, token by token
 
-PATH_STEPS = (
-    128  # Gauss-Legendre points of the path; gap to completeness on toy: 3.98% at 64, 0.21% at 128
-)
+PATH_STEPS = 128  # Gauss-Legendre points of the path; gap on toy: 3.98% at 64, 0.21% at 128
 CHUNK = 16  # prompts forwarded at once
 
 
@@ -452,7 +453,8 @@ def token_attribution(
     """
     tree = build_tree(prompts, [window], [0])
     one = collate([tree], device)
-    N, T = len(one.label), one.ids.shape[1]
+    N = len(one.label)
+    T = one.ids.shape[1]
 
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
@@ -462,7 +464,8 @@ def token_attribution(
         )
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
-    values, gap = torch.zeros(N, T, device=device), None
+    values = torch.zeros(N, T, device=device)
+    gap = None
     with forward_mode(model):
         E, delta = path_ends(model, one, (TEMPLATE, USER, TITLE))  # (1, T, D)
         own = log_prob(E)  # (1, N)
@@ -503,7 +506,8 @@ def prompt_spans(prompts, window, tree):
 
     kind: bos, template, user (one item of the history) or title.
     """
-    spans, at = [], 0
+    spans = []
+    at = 0
 
     def span(name, kind, length):
         nonlocal at
@@ -532,14 +536,12 @@ def span_sums(record):
 
 def format_table(header, rows):
     """Plain text table: the first column to the left, the rest to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[j]) for row in cells) for j in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if j else cell.ljust(w) for j, (cell, w) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in cells
-    ]
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for first, *rest in cells:
+        numbers = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *numbers]).rstrip())
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
@@ -614,12 +616,12 @@ def main(argv=None):
         token_attribution(model, tokenizer, prompts, window, args.method, args.steps),
         dataset.titles,
     )
-    sums, whole = span_sums(record), [s["kind"] for s in record["spans"]]
-    rows = [(s["name"], *(f"{x:+.2f}" for x in row)) for s, row in zip(record["spans"], sums)]
+    sums = span_sums(record)
+    rows = [(span["name"], *map("{:+.2f}".format, row)) for span, row in zip(record["spans"], sums)]
+    whole = np.array([span["kind"] for span in record["spans"]])
     for name, kinds in (("auxiliary", ("template", "title")), ("user", ("user",))):
-        rows.append(
-            (f"= {name}", *(f"{x:+.2f}" for x in sums[[kind in kinds for kind in whole]].sum(0)))
-        )
+        total = sums[np.isin(whole, kinds)].sum(0)
+        rows.append((f"= {name}", *map("{:+.2f}".format, total)))
     rows.append(
         ("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}")
     )

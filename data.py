@@ -787,9 +787,12 @@ TASTES = {
     "Garden": "Garden Chair",
 }
 BESTSELLER = "Bestseller"
-PER_TASTE, BESTSELLERS = 15, 16  # products
-DETAILS, DETAIL_WORDS = 8, 300  # words that follow in a title, and how many there are to draw from
-REGULARS, VISITORS = 250, 250  # users with 12 to 24 purchases, and with 5: too few to train on
+PER_TASTE = 15  # products
+BESTSELLERS = 16
+DETAILS = 8  # words that follow in a title
+DETAIL_WORDS = 300  # from which they are drawn
+REGULARS = 250  # users with 12 to 24 purchases
+VISITORS = 250  # users with 5 purchases: too few to train on
 PERSONAL = 0.85  # of what a user buys is drawn by taste, the rest from the bestsellers
 
 

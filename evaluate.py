@@ -760,7 +760,7 @@ def interval(values, users, statistic=None, against=None):
         drawn = drawn - resample(against, users, statistic)
     low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
     if statistic and against is None:
-        low, high = max(0.0, 2 * value - high), max(0.0, 2 * value - low)
+        return value, max(0.0, 2 * value - high), max(0.0, 2 * value - low)
     return value, low, high
 
 
@@ -1170,7 +1170,7 @@ def tercile_table(models, by, metric="NDCG@10"):
 
 def print_table(header, rows, width=100):
     """Print a table; where it is wider, its columns in several tables, each with the first one."""
-    widths = [max(len(str(row[j])) for row in (header, *rows)) for j in range(len(header))]
+    widths = [max(map(len, map(str, column))) for column in zip(header, *rows)]
     blocks = []
     used = width
     for j in range(1, len(header)):
@@ -1331,7 +1331,9 @@ def main(argv=None):
     print(f"{len(windows)} {part} windows of {dataset.name}; {intervals}")
     print_table(*comparison(pools, dataset, windows))
     print(textwrap.fill(NOTE, 100) + "\n")
-    metrics = {name: [run["metrics"] for run in members] for name, members in pools.items()}
+    metrics = {}
+    for name, members in pools.items():
+        metrics[name] = [run["metrics"] for run in members]
     for by in TERCILES:
         print_table(*tercile_table(metrics, by))
     if args.report:

@@ -227,7 +227,9 @@ from report import write_report
 
 FORMAT = 2  # of checkpoint.pt; another number is not read
 BEGAN = time.perf_counter()  # of this process
-BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.99), 0.01, 1.0  # of AdamW, and the largest gradient norm
+BETAS = (0.9, 0.99)  # of AdamW
+WEIGHT_DECAY = 0.01
+CLIP = 1.0  # the largest norm of a gradient
 # Below this many nats a title, what an attribution says of the user is noise (our choice).
 LITTLE_USER = 0.05
 # Below this share of SFT's loss, hardly a language bias is left to remove (our choice).
@@ -399,7 +401,10 @@ class Journal:
     """
 
     def __init__(self, folder, span, model, optimizer, state, begin, cfg):
-        self.folder, self.model, self.optimizer, self.cfg = folder, model, optimizer, cfg
+        self.folder = folder
+        self.model = model
+        self.optimizer = optimizer
+        self.cfg = cfg
         self.state = state
         self.start, self.stop = span
         self.lines = []
@@ -619,7 +624,7 @@ def prepare(args, dataset, cfg):
     prompts = fall_back_to_unpacked(model, prompts, read, cfg.device)
     if args.no_pack or not prompts.packed:
         members = [np.unique(tree.window).tolist() for tree in trees]
-        batches = [sum((members[i] for i in batch), []) for batch in batches]
+        batches = [sum(map(members.__getitem__, batch), []) for batch in batches]
         trees = build_trees(prompts, windows, pack=False)
     warmup = max(1, round(args.warmup * len(batches)))
     if warmup >= len(batches):
@@ -696,14 +701,17 @@ def form_groups(setup, args, cfg, path):
         found = diagnose(model, prompts, windows, args.seed, cfg.device)
         r = relevance(model, prompts, windows, args.relevance, seed=args.seed, device=cfg.device)
         group, cuts, shares = cut_groups(r, windows, args.groups)
-        rounded = [[None if math.isnan(x) else round(x, 6) for x in row] for row in r.tolist()]
+
+        def stored(x):
+            return None if math.isnan(x) else round(x, 6)
+
         groups = {
             "relevance": args.relevance,
             "diagnosis": found,
             "cuts": cuts,
             "shares": shares,
             "seconds": time.perf_counter() - start,
-            "r": rounded,
+            "r": [list(map(stored, row)) for row in r.tolist()],
             "group": group.tolist(),
         }
         write_atomic(path, json.dumps(groups))
@@ -880,7 +888,8 @@ def paired_differences(folder, losses):
     for loss in [loss for loss in logs if loss != "sft"]:
         sentences.append(f"{loss_name(loss)} less SFT, {len(users)} test windows of this seed:")
         for name, measure in measures.items():
-            ours, base = measure(logs[loss]), measure(logs["sft"])  # (1, n) each
+            ours = measure(logs[loss])  # (1, n)
+            base = measure(logs["sft"])  # (1, n)
             value, low, high = interval(ours, users, against=base)
             verdict = "no difference seen" if low <= 0 <= high else "a difference"
             figures = f"{value:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"

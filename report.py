@@ -114,7 +114,8 @@ be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %
 {{ fold("Arguments, data, versions, machine", tables) }}{% endcall %}
 {%- endif %}</body></html>
 """
-RAISES, LOWERS = (107, 174, 214), (253, 174, 107)  # blue, orange: everybody tells them apart
+RAISES = (107, 174, 214)  # blue and orange, which everybody tells apart
+LOWERS = (253, 174, 107)
 COLOURS = {"histories": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "gdrt", "font.size": 9, "legend.frameon": False}
 
@@ -181,7 +182,7 @@ def training_panels(runs):
     """NLL, NLL by group and q over the updates; runs: {name: folder of the loss}."""
     for name, run in runs.items():
         lines = [line for _, line in evaluate.read_lines(run / "metrics.jsonl")]
-        steps, loss, nll = ([line[key] for line in lines] for key in ("step", "loss", "nll"))
+        steps, loss, nll = zip(*((line["step"], line["loss"], line["nll"]) for line in lines))
         yield name, steps, {"loss": loss, "mean NLL": nll}
         for title, key in (("NLL by group", "group_nll"), ("weight q by group", "q")):
             values = np.array([line[key] for line in lines]).T
@@ -213,7 +214,7 @@ def write_report(folder, path=None):
     """Write a page on all finished losses of the run folder runs/NAME to `path` (default: its
     report.html) -> path. A part without its file is left out; no finished loss: InputError."""
     folder = Path(folder)
-    config, groups = read_json(folder / "config.json"), read_json(folder / "groups.json")
+    config, groups = (read_json(folder / f"{name}.json") for name in ("config", "groups"))
     named = {loss_name(loss): folder / loss for loss in config["arguments"]["loss"]}
     runs = {name: run for name, run in named.items() if (run / "metrics.json").exists()}
     if not runs:
@@ -245,6 +246,5 @@ def write_report(folder, path=None):
     }
     content = {"config": config, "groups": groups, "folder": folder, "runs": runs, "split": split}
     path = Path(path or folder / "report.html")
-    title = f"Run {folder.resolve().name}"
-    write_atomic(path, PAGE.render(title=title, parts=parts, **content))
+    write_atomic(path, PAGE.render(title=f"Run {folder.resolve().name}", parts=parts, **content))
     return path

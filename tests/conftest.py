@@ -100,6 +100,12 @@ def separate_nll(model, prompts, window, skip=0):
     return -log_p[torch.arange(len(labels)), labels]
 
 
+def in_order(batch, values):
+    """Values (N,) of a batch sorted by window and place, as the separate prompts come."""
+    order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
+    return values[order]
+
+
 def target_tokens(prompts, window):
     """The token ids that a window's target is made of, EOS included."""
     return prompts.titles[window.items[window.stop]] + [prompts.eos]
@@ -314,6 +320,13 @@ def fails(capsys):
     return run
 
 
+def json_lines(path):
+    """What the lines of a .jsonl file hold."""
+    import json
+
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 # Keys of what a clock or git says; all else is equal where the seed is.
 OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}
 
@@ -337,9 +350,10 @@ def contents(folder):
     def read(path):
         if path.suffix == ".pt":
             return flat(torch.load(path, weights_only=True))
-        if path.suffix in (".json", ".jsonl") and path.parent.name != "model":
-            lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-            return [reproducible(json.loads(line)) for line in lines]
+        if path.suffix == ".jsonl":
+            return reproducible(json_lines(path))
+        if path.suffix == ".json" and path.parent.name != "model":
+            return reproducible(json.loads(path.read_text()))
         return path.read_bytes()
 
     def flat(value):

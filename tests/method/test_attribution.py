@@ -1,4 +1,4 @@
-"""Attribution and groups against one backward per target token, explicit forwards, and counting by hand."""
+"""Attribution and groups against one backward per target token, explicit forwards, and counting."""
 
 import copy
 import decimal
@@ -10,6 +10,7 @@ import torch
 from conftest import (
     ROOT,
     continuations,
+    in_order,
     prompt_of,
     random_prompts,
     random_windows,
@@ -39,12 +40,14 @@ SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
 
 @pytest.fixture
 def exact(toy, monkeypatch):
-    """(model, prompts): toy's trained weights in float64 throughout: Llama's softmax and norms would go through fp32."""
+    """(model, prompts): toy's trained weights in float64 throughout.
+
+    Left alone, Llama's softmax and norms would go through fp32.
+    """
 
     def norm(self, x):
-        return (
-            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        )
+        power = x.pow(2).mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(power + self.variance_epsilon)
 
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", norm)
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: x.softmax(dim))
@@ -56,15 +59,15 @@ def kinds_of(prompts, window):
     kinds = [BOS] * len(prompts.bos) + [TEMPLATE] * len(prompts.task)
     for item in window.items[window.start : window.stop]:
         kinds += [USER] * len(prompts.titles[item] + prompts.separator)
-    return (
-        kinds
-        + [TEMPLATE] * len(prompts.marker)
-        + [TITLE] * len(prompts.titles[window.items[window.stop]])
-    )
+    kinds += [TEMPLATE] * len(prompts.marker)
+    return kinds + [TITLE] * len(prompts.titles[window.items[window.stop]])
 
 
 def log_probs(model, prompts, window, segment, s, legal=None):
-    """(log p (L,) of the target's tokens with the segment's embeddings at s between baseline and their own, those embeddings, E - b)."""
+    """(log p (L,) of the target's tokens, the embeddings (T, D) they were read at, E - b (T, D)).
+
+    The segment's embeddings are at s between the baseline and their own.
+    """
     labels = prompts.titles[window.items[window.stop]]
     prompt = prompt_of(prompts, window)
     weight = model.get_input_embeddings().weight.detach()
@@ -77,28 +80,28 @@ def log_probs(model, prompts, window, segment, s, legal=None):
 
 
 def by_backwards(model, prompts, windows, segment, s, legal=None):
-    """d log p / ds of every target token, one backward each, on separate prompts: (N,) by window and place."""
+    """d log p / ds of every target token, one backward each, on separate prompts.
+
+    Shape (N,), by window and place.
+    """
     found = []
     for window in windows:
         with torch.enable_grad():
             out, embeds, delta = log_probs(model, prompts, window, segment, s, legal)
-            found += [
-                (torch.autograd.grad(x, embeds, retain_graph=True)[0] * delta).sum() for x in out
-            ]
+            for x in out:
+                (gradient,) = torch.autograd.grad(x, embeds, retain_graph=True)
+                found.append((gradient * delta).sum())
     return torch.stack(found)
 
 
 def explicit_ablation(model, prompts, windows, segment, legal=None):
-    own, without = (
-        torch.cat([log_probs(model, prompts, w, segment, s, legal)[0] for w in windows])
-        for s in (1.0, 0.0)
-    )
-    return (own - without).detach()
-
-
-def in_order(batch, values):
-    order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
-    return values[order]
+    """log p - log p with the segment at the baseline, (N,), by two forwards a window."""
+    differences = []
+    for window in windows:
+        own, _, _ = log_probs(model, prompts, window, segment, 1.0, legal)
+        without, _, _ = log_probs(model, prompts, window, segment, 0.0, legal)
+        differences.append((own - without).detach())
+    return torch.cat(differences)
 
 
 @pytest.mark.parametrize("pack, softmax", [(True, "full"), (False, "full"), (True, "trie")])
@@ -109,10 +112,8 @@ def test_forward_mode_equals_a_backward_per_target_token(
     """At each of three points of the path."""
     model, prompts = exact
     legal = continuations(prompts) if softmax == "trie" else None
-    windows, points = (
-        random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6],
-        [],
-    )
+    windows = random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6]
+    points = []
 
     def record(*args):
         points.append(log_prob_derivative(*args))
@@ -126,9 +127,8 @@ def test_forward_mode_equals_a_backward_per_target_token(
         for j, point in enumerate(points):
             expected = by_backwards(model, prompts, windows, SEGMENTS[name], (2 * j + 1) / 6, legal)
             assert expected.abs().max() > 0.1
-            assert torch.allclose(
-                in_order(batch, point), expected, rtol=1e-6, atol=1e-12
-            )  # a token without alternative: 0
+            # A token without an alternative has the derivative 0, hence atol.
+            assert torch.allclose(in_order(batch, point), expected, rtol=1e-6, atol=1e-12)
     assert torch.allclose(whole, sum(points) / 3)
 
 
@@ -136,18 +136,14 @@ def test_forward_mode_equals_a_backward_per_target_token(
 def test_the_gradient_tends_to_the_ablation(toy, exact, name):
     """The midpoint rule's error is gone once the points are closer than the path's turns."""
     model, prompts = exact
-    batch = collate(
-        build_trees(prompts, random_windows(len(toy[0].titles), 0, users=1, length=6)[:1])
-    )
+    windows = random_windows(len(toy[0].titles), 0, users=1, length=6)[:1]
+    batch = collate(build_trees(prompts, windows))
+    error = {}
     with forward_mode(model):
         ablation = ablations(model, batch, (SEGMENTS[name],))[0, 0]
-        error = {
-            m: float(
-                (segment_gradient(model, batch, SEGMENTS[name], m) - ablation).norm()
-                / ablation.norm()
-            )
-            for m in (2, 32, 128)
-        }
+        for m in (2, 32, 128):
+            gap = segment_gradient(model, batch, SEGMENTS[name], m) - ablation
+            error[m] = float(gap.norm() / ablation.norm())
     assert error[32] < error[2] / 4 and error[128] < min(0.005, error[32] / 10)
 
 
@@ -155,33 +151,33 @@ def test_the_gradient_tends_to_the_ablation(toy, exact, name):
 @pytest.mark.parametrize("name", SEGMENTS)
 def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
     model, prompts = exact
-    legal, windows = continuations(prompts) if softmax == "trie" else None, toy[0].train[:6]
+    legal = continuations(prompts) if softmax == "trie" else None
+    windows = toy[0].train[:6]
     batch = collate(build_trees(prompts, windows, pack))
     with forward_mode(model):
         expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal)
         found = ablations(model, batch, (SEGMENTS[name],), (legal and prompts.trie,))[0, 0]
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
-        if (
-            name == "auxiliary" and prompts.bos
-        ):  # BOS stays: with it at the baseline, too, the figures are others
+        # BOS stays: with it at the baseline, too, the figures are others.
+        if name == "auxiliary" and prompts.bos:
             others = explicit_ablation(model, prompts, windows, (TEMPLATE, TITLE, BOS), legal)
             assert (others - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind, bos", [("gpt2", True), ("gpt2", False), ("llama", False)])
 def test_other_kinds_of_models(kind, bos):
-    model, prompts, windows = small_model(kind), random_prompts(2, bos=bos), random_windows(12, 3)
+    model = small_model(kind)
+    prompts = random_prompts(2, bos=bos)
+    windows = random_windows(12, 3)
     batch = collate(build_trees(prompts, windows))
     with forward_mode(model):
         for segment in SEGMENTS.values():
             expected = by_backwards(model, prompts, windows, segment, 0.5)
-            assert (
-                in_order(batch, segment_gradient(model, batch, segment, 1)) - expected
-            ).abs().max() < 1e-4 * expected.abs().max()
+            found = in_order(batch, segment_gradient(model, batch, segment, 1))
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
             expected = explicit_ablation(model, prompts, windows, segment)
-            assert (
-                in_order(batch, ablations(model, batch, (segment,))[0, 0]) - expected
-            ).abs().max() < 1e-4
+            found = in_order(batch, ablations(model, batch, (segment,))[0, 0])
+            assert (found - expected).abs().max() < 1e-4
 
 
 def test_the_default_is_near_the_ablation(toy):
@@ -198,9 +194,7 @@ def test_batched_equals_single(toy, method):
     dataset, model, _, prompts = toy
     trees = build_trees(prompts, random_windows(len(dataset.titles), 5, users=5))
     aux, user, item, step, window = attributions(model, trees, method)
-    together = {
-        key: value for *key, value in zip(window, step, zip(aux, user)) for key in [tuple(key)]
-    }
+    together = dict(zip(zip(window, step), zip(aux, user)))
     assert len(together) == len(aux) == sum(len(tree.label) for tree in trees)
     for tree in trees:
         aux, user, item, step, window = attributions(model, [tree], method)
@@ -209,7 +203,8 @@ def test_batched_equals_single(toy, method):
 
 
 def test_dropout_has_no_part_in_it():
-    model, prompts = small_model(dropout=0.5), random_prompts(2)
+    model = small_model(dropout=0.5)
+    prompts = random_prompts(2)
     trees = build_trees(prompts, random_windows(12, 3))
     expected = attributions(model, trees)
     assert all(np.array_equal(a, b) for a, b in zip(attributions(model.train(), trees), expected))
@@ -217,50 +212,50 @@ def test_dropout_has_no_part_in_it():
 
 def test_the_model_is_left_as_it_was(toy):
     dataset, model, _, prompts = toy
-    before, attention = (
-        {name: p.clone() for name, p in model.named_parameters()},
-        model.config._attn_implementation,
-    )
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    attention = model.config._attn_implementation
     model.train()
     attributions(model, build_trees(prompts, dataset.train[:3]))
     assert model.training and model.config._attn_implementation == attention
     model.eval()
-    assert all(
-        torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
-    )
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) and p.grad is None
 
 
-# ------------------------------------------------------------------------------------------------ saturated tokens
+# ---------------------------------------------------------------- saturated tokens
 
 
 def by_decimals(logits, tangent, label):
     """dz_label - sum_v p_v dz_v in 80 digits."""
     with decimal.localcontext(decimal.Context(prec=80)):
-        z, dz = ([decimal.Decimal(float(x)) for x in row] for row in (logits, tangent))
-        weights = [x.exp() for x in z]
+        dz = [decimal.Decimal(float(x)) for x in tangent]
+        weights = [decimal.Decimal(float(x)).exp() for x in logits]
         return float(dz[label] - sum(w * d for w, d in zip(weights, dz)) / sum(weights))
 
 
 @pytest.mark.parametrize("lead", [0.0, 5.0, 15.0, 30.0, 60.0])
 @pytest.mark.parametrize("some", [False, True])
 def test_saturated_tokens_keep_their_digits(lead, some):
-    """The label leads by so many nats; near p = 1 the textbook form in fp32 is rounding noise, which the test shows.
+    """The label leads by so many nats.
 
+    Near p = 1 the textbook form in fp32 is rounding noise, which the test shows.
     some: only the first 25 of 50 tokens are legal.
     """
     torch.manual_seed(0)
-    logits, tangent, label = torch.randn(20, 50), torch.randn(20, 50) * 3, torch.arange(20)
+    logits = torch.randn(20, 50)
+    tangent = torch.randn(20, 50) * 3
+    label = torch.arange(20)
     logits[torch.arange(20), label] = logits.max(1).values + lead
-    legal = (
-        (torch.arange(20).repeat_interleave(25), torch.arange(25).repeat(20), 26 * torch.arange(20))
-        if some
-        else None
-    )
+    legal = None
+    if some:
+        owner = torch.arange(20).repeat_interleave(25)
+        legal = (owner, torch.arange(25).repeat(20), 26 * torch.arange(20))
     ours = log_prob_derivative(logits, tangent, label, legal)
-    logits, tangent = (x[:, :25] if some else x for x in (logits, tangent))
-    exact = torch.tensor(
-        [by_decimals(*row) for row in zip(logits, tangent, label)], dtype=torch.float64
-    )
+    if some:
+        logits = logits[:, :25]
+        tangent = tangent[:, :25]
+    rows = [by_decimals(*row) for row in zip(logits, tangent, label)]
+    exact = torch.tensor(rows, dtype=torch.float64)
     assert ours.dtype == torch.float32
     assert ((ours.double() - exact).abs() / exact.abs()).max() < 1e-4
     if lead >= 15:
@@ -270,34 +265,33 @@ def test_saturated_tokens_keep_their_digits(lead, some):
 
 def test_saturated_tokens_against_the_direct_form_in_float64():
     torch.manual_seed(1)
-    logits, tangent, label = (
-        torch.randn(30, 50) * 2,
-        torch.randn(30, 50),
-        torch.randint(0, 50, (30,)),
-    )
+    logits = torch.randn(30, 50) * 2
+    tangent = torch.randn(30, 50)
+    label = torch.randint(0, 50, (30,))
     logits[torch.arange(30), label] += 10
-    z, dz = logits.double(), tangent.double()
-    direct = dz[torch.arange(30), label] - (z.softmax(-1) * dz).sum(-1)
-    assert torch.allclose(
-        log_prob_derivative(logits, tangent, label).double(), direct, rtol=1e-4, atol=0
-    )
+    dz = tangent.double()
+    direct = dz[torch.arange(30), label] - (logits.double().softmax(-1) * dz).sum(-1)
+    ours = log_prob_derivative(logits, tangent, label).double()
+    assert torch.allclose(ours, direct, rtol=1e-4, atol=0)
 
 
 def test_ratio():
-    aux, user = np.array([0.0, 1.0, -3.0, 0.0, 2.0]), np.array([0.0, 1.0, 1.0, -2.0, 0.0])
+    aux = np.array([0.0, 1.0, -3.0, 0.0, 2.0])
+    user = np.array([0.0, 1.0, 1.0, -2.0, 0.0])
     with np.errstate(all="raise"):
         assert ratio(aux, user).tolist() == pytest.approx([1, 0.6, 3.5 / 4.5, 0.2, 1])
         assert ratio(np.array([1e-9]), np.array([3e-9]))[0] == pytest.approx(1)  # all but certain
 
 
-# ------------------------------------------------------------------------------------------------ relevance
+# ---------------------------------------------------------------- relevance
 
 
 def test_probability_is_that_of_the_prompt_without_history(toy):
     dataset, model, _, prompts = toy
     windows = dataset.train[:30]
     r = relevance(model, prompts, windows, "probability")
-    targets, legal = {w.items[w.stop] for w in windows}, continuations(prompts)
+    targets = {w.items[w.stop] for w in windows}
+    legal = continuations(prompts)
     for item in range(len(dataset.titles)):
         if item not in targets:
             assert np.isnan(r[item]).all()
@@ -305,51 +299,51 @@ def test_probability_is_that_of_the_prompt_without_history(toy):
         with torch.no_grad():  # BOS, task, marker, title: no history, positions closed up
             logits = separate_logits(model, prompts, Window(0, (item,), 0, 0))
         p = score(logits, prompts.titles[item] + [prompts.eos], legal).exp()
-        assert (
-            r[item, : len(p)] == pytest.approx(p.numpy(), abs=1e-5)
-            and np.isnan(r[item, len(p) :]).all()
-        )
+        assert r[item, : len(p)] == pytest.approx(p.numpy(), abs=1e-5)
+        assert np.isnan(r[item, len(p) :]).all()
+
+
+def relevance_by_hand(model, prompts, window, method, legal):
+    """r of each of one window's target tokens, with our choice of 1 for a forced token."""
+    A = []
+    for segment in SEGMENTS.values():
+        if method == "ablation":
+            A.append(explicit_ablation(model, prompts, [window], segment, legal))
+            continue
+        total = 0
+        for j in range(attribution.POINTS):
+            s = (j + 0.5) / attribution.POINTS
+            total += by_backwards(model, prompts, [window], segment, s, legal)
+        A.append(total / attribution.POINTS)
+    title = prompts.titles[window.items[window.stop]]
+    r = []
+    for j, (aux, user) in enumerate(torch.stack(A).abs().T.tolist()):
+        forced = len(legal[tuple(title[:j])]) == 1
+        r.append(1.0 if forced else (aux + 0.5) / (aux + user + 0.5))
+    return r
 
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_relevance_is_the_mean_over_windows_of_a_target(method):
     """A catalogue so small that each title is a target twice: every window is in the sample."""
-    model, prompts = small_model(), random_prompts(2, 6, letters=4)
-    windows = [
-        Window(user, items, 0, stop)
-        for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)])
-        for stop in (1, 2, 3)
-    ]
+    model = small_model()
+    prompts = random_prompts(2, 6, letters=4)
+    windows = []
+    for user, items in enumerate([(0, 1, 2, 3), (3, 2, 4, 1)]):
+        windows += [Window(user, items, 0, stop) for stop in (1, 2, 3)]
     legal = continuations(prompts)
     r = relevance(model, prompts, windows, method)
     expected = {}
     with forward_mode(model):
         for window in windows:
-            if method == "ablation":
-                A = [
-                    explicit_ablation(model, prompts, [window], segment, legal)
-                    for segment in SEGMENTS.values()
-                ]
-            else:
-                points = [(j + 0.5) / attribution.POINTS for j in range(attribution.POINTS)]
-                A = [
-                    sum(by_backwards(model, prompts, [window], segment, s, legal) for s in points)
-                    / len(points)
-                    for segment in SEGMENTS.values()
-                ]
-            for j, (aux, user) in enumerate(zip(*A)):
-                aux, user = abs(float(aux)), abs(float(user))
-                r_token = (
-                    1.0
-                    if len(legal[tuple(prompts.titles[window.items[window.stop]][:j])]) == 1
-                    else (aux + 0.5) / (aux + user + 0.5)
-                )
-                expected.setdefault((window.items[window.stop], j), []).append(r_token)
+            by_hand = relevance_by_hand(model, prompts, window, method, legal)
+            for j, value in enumerate(by_hand):
+                expected.setdefault((window.items[window.stop], j), []).append(value)
     for (item, j), values in expected.items():
         assert r[item, j] == pytest.approx(sum(values) / len(values), abs=1e-3)
-    assert (~np.isnan(r)).sum() == len(expected) and 0 < sum(
-        values == [1.0, 1.0] for values in expected.values()
-    ) < len(expected) / 2
+    assert (~np.isnan(r)).sum() == len(expected)
+    forced = sum(values == [1.0, 1.0] for values in expected.values())
+    assert 0 < forced < len(expected) / 2
 
 
 def test_the_sample_covers_every_target_with_whole_trees(toy):
@@ -376,13 +370,15 @@ def test_area_under_curve():
 
 
 def test_default_relevance_finds_the_planted_bias(toy):
-    """Tokens that follow from prefix or frequency alone stand above those that only the user's tastes explain.
+    """Tokens that follow from prefix or frequency alone stand above those that taste explains.
 
-    The easy part decides: tokens with one continuation. Of the 136 first words alone, with 16 biased ones, README has the AUC.
+    The easy part decides: tokens with one continuation. Of the 136 first words alone, with 16
+    biased ones, README has the AUC.
     """
     dataset, model, tokenizer, prompts = toy
     r = relevance(model, prompts, dataset.train)
-    values, bias = [], []
+    values = []
+    bias = []
     for item, words in enumerate(dataset.planted["words"]):
         tokens = [tokenizer.decode([token]) for token in prompts.titles[item]]
         word = -1
@@ -392,12 +388,12 @@ def test_default_relevance_finds_the_planted_bias(toy):
             if not np.isnan(r[item, j]):
                 values.append(r[item, j])
                 bias.append(words[word] == "bias" if first else True)
-    values, bias = np.array(values), np.array(bias)
+    bias = np.array(bias)
     assert 50 < (~bias).sum() < len(bias) - 50
-    assert area_under_curve(values, bias) >= 0.9
+    assert area_under_curve(np.array(values), bias) >= 0.9
 
 
-# ------------------------------------------------------------------------------------------------ groups
+# ---------------------------------------------------------------- groups
 
 
 def targets(times):
@@ -408,21 +404,17 @@ def targets(times):
 def test_groups_are_equal_shares_of_the_training_tokens():
     """A title that is a target often weighs so much: counted token by token."""
     random = np.random.default_rng(0)
-    r, times = random.random((60, 5)), random.integers(1, 9, 60)
+    r = random.random((60, 5))
+    times = random.integers(1, 9, 60)
     r[random.random(r.shape) < 0.3] = np.nan
     for k in (1, 2, 4, 7):
         group, cuts, shares = cut_groups(r, targets(times), k)
         assert (group[np.isnan(r)] == -1).all() and set(group[~np.isnan(r)]) == set(range(k))
-        tokens = [
-            (r[i, j], group[i, j])
-            for i in range(60)
-            for j in range(5)
-            if group[i, j] >= 0
-            for _ in range(times[i])
-        ]
-        assert [g for _, g in sorted(tokens)] == sorted(
-            g for _, g in tokens
-        )  # group 0 the least relevant
+        tokens = []  # (r, group) of every training token
+        for i, j in zip(*np.nonzero(group >= 0)):
+            tokens += [(r[i, j], group[i, j])] * times[i]
+        by_relevance = [g for _, g in sorted(tokens)]
+        assert by_relevance == sorted(by_relevance)  # group 0 is the least relevant
         for g in range(k):
             assert shares[g] == pytest.approx(sum(h == g for _, h in tokens) / len(tokens))
             assert abs(shares[g] * len(tokens) - len(tokens) / k) <= times.max()
@@ -434,15 +426,18 @@ def test_equal_relevance_equal_group():
     group, cuts, shares = cut_groups(r, targets([1] * 40), 4)
     for value in np.unique(r):
         assert len(set(group[r == value])) == 1
-    assert (
-        sum(shares) == pytest.approx(1) and cuts == sorted(cuts) and max(shares) - min(shares) < 0.2
-    )
+    assert sum(shares) == pytest.approx(1)
+    assert cuts == sorted(cuts)
+    assert max(shares) - min(shares) < 0.2
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.9])
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_a_large_tie_takes_one_group_and_leaves_the_others(share, value):
-    """Many tokens are certain without the user (r = 1): they fill a group, and the rest is cut evenly all the same."""
+    """Many tokens are certain without the user (r = 1).
+
+    They fill a group, and the rest is cut evenly all the same.
+    """
     random = np.random.default_rng(2)
     r = random.random((100, 10))
     r[: int(100 * share)] = value
@@ -466,38 +461,16 @@ def test_an_empty_group_is_an_error():
 
 
 def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, monkeypatch, capsys):
-    """A run agrees with itself wholly; chance is the product of the groups' shares; other data is refused."""
+    """A run agrees with itself wholly, with another in part; other data is refused."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import relevance as study
 
     for name, seed in (("one", "0"), ("same", "0"), ("other", "1")):
-        gdrt.main(
-            [
-                *small,
-                "--loss",
-                "sft",
-                "--seed",
-                seed,
-                "--no-test",
-                "--out",
-                str(tmp_path),
-                "--name",
-                name,
-            ]
-        )
+        flags = f"--loss sft --seed {seed} --no-test --out {tmp_path} --name {name}"
+        gdrt.main([*small, *flags.split()])
+    one, same, other = (f"{tmp_path}/{name}/sft" for name in ("one", "same", "other"))
     out = tmp_path / "relevance.json"
-    study.main(
-        [
-            f"{tmp_path}/one/sft",
-            "--others",
-            f"{tmp_path}/same/sft",
-            f"{tmp_path}/other/sft",
-            "--steps",
-            "1",
-            "--out",
-            str(out),
-        ]
-    )
+    study.main([one, "--others", same, other, "--steps", "1", "--out", str(out)])
     found = json.loads(out.read_text())["agreement"]
     assert list(found) == [
         "another sample of windows",
@@ -511,4 +484,4 @@ def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, mon
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace('"data": "', '"data": "x'))
     with pytest.raises(InputError, match="other/sft: other data"):
-        study.main([f"{tmp_path}/one/sft", "--others", f"{tmp_path}/other/sft", "--out", str(out)])
+        study.main([one, "--others", other, "--out", str(out)])

@@ -22,12 +22,14 @@ def draw(seed, n=23, k=4, absent=None):
     random = torch.Generator().manual_seed(seed)
     nll = torch.rand(n, generator=random, dtype=torch.float64) * 3
     group = torch.randint(0, k, (n,), generator=random)
-    return nll, group if absent is None else torch.where(group == absent, (absent + 1) % k, group)
+    if absent is not None:
+        group = torch.where(group == absent, (absent + 1) % k, group)
+    return nll, group
 
 
 def by_hand(nll, group, k, tau, prior="uniform"):
     """(sum q L, q of k groups, {group: mean}, {group: prior}) in plain Python."""
-    members = {g: [x for x, h in zip(nll.tolist(), group.tolist()) if h == g] for g in range(k)}
+    members = {g: nll[group == g].tolist() for g in range(k)}
     means = {g: math.fsum(values) / len(values) for g, values in members.items() if values}
     anchor = {g: len(members[g]) / len(nll) if prior == "share" else 1 / len(means) for g in means}
     terms = {g: anchor[g] * math.exp(means[g] / tau) for g in means}
@@ -72,25 +74,22 @@ def test_is_the_maximum_over_q_of_the_penalised_objective(prior, tau):
     _, q, _ = gdrt_loss(nll, group, 3, tau, prior)
     loss = objective(nll, group, 3, tau, prior)
     _, _, means, anchor = by_hand(nll, group, 3, tau, prior)
-    L, p = (torch.tensor([x[g] for g in range(3)], dtype=torch.float64) for x in (means, anchor))
+    L = torch.tensor([means[g] for g in range(3)], dtype=torch.float64)
+    p = torch.tensor([anchor[g] for g in range(3)], dtype=torch.float64)
 
     def penalised(q):  # (..., 3): sum_g q_g L_g - tau KL(q || prior), 0 log 0 = 0
         return (q * L).sum(-1) - tau * (torch.xlogy(q, q) - q * p.log()).sum(-1)
 
     side = 500
     a, b = torch.meshgrid(*[torch.arange(side + 1)] * 2, indexing="ij")
-    grid = (
-        torch.stack([a, b, side - a - b], -1)[a + b <= side].double() / side
-    )  # (points, 3): the whole simplex
-    value, best = penalised(grid).max(0)
-    assert value <= loss + 1e-12 and value.item() == pytest.approx(
-        loss.item(), abs=2e-5 * max(1, tau)
-    )
-    assert grid[best].tolist() == pytest.approx(q.tolist(), abs=2 / side)
+    simplex = torch.stack([a, b, side - a - b], -1)[a + b <= side].double() / side  # (points, 3)
+    value, best = penalised(simplex).max(0)
+    assert value <= loss + 1e-12
+    assert value.item() == pytest.approx(loss.item(), abs=2e-5 * max(1, tau))
+    assert simplex[best].tolist() == pytest.approx(q.tolist(), abs=2 / side)
     random = torch.Generator().manual_seed(0)
-    near = torch.softmax(
-        q.log() + 1e-3 * torch.randn(20000, 3, dtype=torch.float64, generator=random), -1
-    )
+    steps = 1e-3 * torch.randn(20000, 3, dtype=torch.float64, generator=random)
+    near = torch.softmax(q.log() + steps, -1)
     assert penalised(near).max() <= loss + 1e-12
     assert penalised(q).item() == pytest.approx(loss.item(), rel=1e-12)
 
@@ -131,17 +130,19 @@ def test_large_tau_keeps_its_digits(tau, dtype, close, prior):
 
 
 def test_small_tau_keeps_its_digits():
-    """One token far above 99,999 in fp32: loss, q and gradient agree with each other and with the closed form."""
-    nll, group = torch.ones(100_000), torch.ones(100_000, dtype=torch.long)
-    nll[0], group[0] = 50, 0
+    """One token far above 99,999 in fp32: loss, q and gradient agree with the closed form."""
+    nll = torch.ones(100_000)
+    group = torch.ones(100_000, dtype=torch.long)
+    nll[0] = 50
+    group[0] = 0
     nll.requires_grad_()
     loss, q, _ = gdrt_loss(nll, group, 2, 1.0, "share")
     loss.backward()
     assert loss.item() == pytest.approx(50, rel=1e-6)
     assert q[0].item() == pytest.approx(1) and nll.grad[0].item() == pytest.approx(1, rel=1e-5)
-    worst, gap = 1e4 + 2**-7, 2**-7 / 0.003  # both exact in fp32, their quotients by tau are not
-    q = group_weights(torch.tensor([1e4, worst]), torch.ones(2), 0.003)
-    assert q[0].item() == pytest.approx(1 / (1 + math.exp(gap)), rel=1e-5)
+    # Both losses are exact in fp32, their quotients by tau are not.
+    q = group_weights(torch.tensor([1e4, 1e4 + 2**-7]), torch.ones(2), 0.003)
+    assert q[0].item() == pytest.approx(1 / (1 + math.exp(2**-7 / 0.003)), rel=1e-5)
 
 
 @BOTH
@@ -151,19 +152,15 @@ def test_gradient_is_q_over_n(tau, prior):
     nll.requires_grad_()
     (gradient,) = torch.autograd.grad(gdrt_loss(nll, group, 4, tau, prior)[0], nll)
     q = by_hand(nll, group, 4, min(tau, 1e12), prior)[1]
-    assert gradient.tolist() == pytest.approx(
-        [q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9
-    )
+    expected = [q[g] / group.tolist().count(g) for g in group.tolist()]
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 1.0, 1e6])
 def test_huge_losses_stay_finite(dtype, tau):
-    nll, group = (
-        torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True),
-        torch.arange(4),
-    )
-    loss, q, _ = gdrt_loss(nll, group, 4, tau)
+    nll = torch.tensor([1e4, 2e4, 0.0, 3.0], dtype=dtype, requires_grad=True)
+    loss, q, _ = gdrt_loss(nll, torch.arange(4), 4, tau)
     loss.backward()
     terms = [math.exp((x - 2e4) / tau) for x in nll.tolist()]
     expected = sum(term * x for term, x in zip(terms, nll.tolist())) / sum(terms)
@@ -177,10 +174,8 @@ def test_huge_losses_stay_finite(dtype, tau):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_fp32(dtype):
     """A bf16 counter stops at 256, an fp16 sum at 65,504."""
-    nll, group = (
-        torch.full((4000,), 2.0, dtype=dtype),
-        torch.arange(4000) % 4 // 3,
-    )  # three tokens of group 0 to one of 1
+    nll = torch.full((4000,), 2.0, dtype=dtype)
+    group = torch.arange(4000) % 4 // 3  # three tokens of group 0 to one of group 1
     nll[group == 1] = 72
     assert gdrt_loss(nll, group, 2, 1.0)[2].tolist() == [2, 72]
     assert group_sums(nll.float(), group, 2)[1].tolist() == [3000, 1000]
@@ -190,14 +185,12 @@ def test_order_and_labels_do_not_matter():
     nll, group = draw(5)
     loss, q, _ = gdrt_loss(nll, group, 4, 0.7, "share")
     shuffled = torch.randperm(len(nll), generator=torch.Generator().manual_seed(0))
-    assert gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7, "share")[0].item() == pytest.approx(
-        loss.item(), rel=1e-12
-    )
+    other, _, _ = gdrt_loss(nll[shuffled], group[shuffled], 4, 0.7, "share")
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12)
     label = torch.tensor([2, 0, 3, 1])
     other, weights, _ = gdrt_loss(nll, label[group], 4, 0.7, "share")
-    assert other.item() == pytest.approx(loss.item(), rel=1e-12) and torch.allclose(
-        weights[label], q, rtol=1e-12
-    )
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert torch.allclose(weights[label], q, rtol=1e-12)
 
 
 @BOTH
@@ -207,16 +200,14 @@ def test_an_absent_group_takes_no_part(prior, absent):
     nll, group = draw(6, absent=absent)
     loss, q, means = gdrt_loss(nll, group, 4, 0.5, prior)
     value, weights, _, _ = by_hand(nll, group, 4, 0.5, prior)
-    assert (
-        q[absent] == 0
-        and loss.item() == pytest.approx(value)
-        and q.tolist() == pytest.approx(weights)
-    )
+    assert q[absent] == 0
+    assert loss.item() == pytest.approx(value)
+    assert q.tolist() == pytest.approx(weights)
+    count = torch.bincount(group, minlength=4)
     for stand_in in (0.0, 1e6, math.nan):
         means[absent] = stand_in
-        assert group_weights(
-            means, torch.bincount(group, minlength=4), 0.5, prior
-        ).tolist() == pytest.approx(weights)
+        q = group_weights(means, count, 0.5, prior)
+        assert q.tolist() == pytest.approx(weights)
 
 
 def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
@@ -236,16 +227,20 @@ def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
 
 
 def test_micro_batches_share_one_q():
-    """The gradient of the whole batch, from unequal parts that know only the batch's sums; one part lacks a group."""
+    """The gradient of the whole batch, from unequal parts that know only the batch's sums.
+
+    The first part lacks three groups.
+    """
     nll, group = draw(8, n=40)
     group[:5] = 1
     nll.requires_grad_()
     (whole,) = torch.autograd.grad(gdrt_loss(nll, group, 4, 0.5)[0], nll)
     parts = [slice(0, 5), slice(5, 21), slice(21, 40)]
-    total, count = (
-        sum(torch.bincount(group[part], weights=x[part], minlength=4) for part in parts)
-        for x in (nll.detach(), torch.ones_like(nll).detach())
-    )
+    total = torch.zeros(4, dtype=torch.float64)
+    count = torch.zeros(4, dtype=torch.long)
+    for part in parts:
+        total += torch.bincount(group[part], weights=nll[part].detach(), minlength=4)
+        count += torch.bincount(group[part], minlength=4)
     weight = group_weights(total / count, count, 0.5) / count  # (K,): q_g / n_g
     for part in parts:
         (weight[group[part]] * nll[part]).sum().backward()
@@ -253,8 +248,12 @@ def test_micro_batches_share_one_q():
 
 
 def test_group_dro_follows_sagawa():
-    """q_g <- q_g exp(eta L_g) for groups in the batch, then normalised, then loss = sum q_g L_g; four batches by hand."""
-    q, log_q = [0.25] * 4, torch.zeros(4, dtype=torch.float64)
+    """q_g <- q_g exp(eta L_g) for groups in the batch, then normalised, then loss = sum q_g L_g.
+
+    Four batches by hand.
+    """
+    q = [0.25] * 4
+    log_q = torch.zeros(4, dtype=torch.float64)
     for seed in range(4):
         nll, group = draw(seed, absent=seed)
         nll.requires_grad_()
@@ -263,19 +262,14 @@ def test_group_dro_follows_sagawa():
         weights, log_q = group_dro_rule(0.2)(group_loss.detach(), count, log_q)
         loss = (weights * group_loss).sum()
         means = by_hand(nll, group, 4, 1.0)[2]
-        q = [
-            weight * math.exp(0.2 * means[g]) if g in means else weight
-            for g, weight in enumerate(q)
-        ]
+        q = [weight * math.exp(0.2 * means.get(g, 0)) for g, weight in enumerate(q)]
         q = [weight / sum(q) for weight in q]
         assert log_q.exp().tolist() == pytest.approx(q, rel=1e-12)
-        assert loss.item() == pytest.approx(
-            sum(q[g] * mean for g, mean in means.items()), rel=1e-12
-        )
+        expected = sum(q[g] * mean for g, mean in means.items())
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
         (gradient,) = torch.autograd.grad(loss, nll)
-        assert gradient.tolist() == pytest.approx(
-            [q[g] / group.tolist().count(g) for g in group.tolist()], rel=1e-9
-        )
+        by_token = [q[g] / group.tolist().count(g) for g in group.tolist()]
+        assert gradient.tolist() == pytest.approx(by_token, rel=1e-9)
 
 
 def test_compiles_in_one_piece():
@@ -286,7 +280,7 @@ def test_compiles_in_one_piece():
 
 
 def test_the_losses_can_be_pasted_into_an_empty_file(tmp_path):
-    """The README's block, as it stands, with torch and nothing else; and it is the module's text."""
+    """The README's block, as it stands, with torch and nothing else; it is the module's text."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## The loss\n.*?```python\n(.*?)```", readme, re.S)[1]
     module = (ROOT / "gdrt.py").read_text(encoding="utf-8")

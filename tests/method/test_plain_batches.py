@@ -8,7 +8,8 @@ from conftest import small_model
 from attribution import cut, mean_embedding, on_tokens, plain_batch, token_relevance
 from data import InputError
 
-B, T = 3, 12
+B = 3  # rows
+T = 12  # tokens of a row
 METHODS = pytest.mark.parametrize("method", ["gradient", "ablation", "probability"])
 
 
@@ -30,7 +31,7 @@ def log_prob(model, embeds, position, token):
 
 
 def by_backward(model, ids, inside, target, points=4):
-    """The path integral of one target token's log p over the embeddings `inside`, in reverse mode."""
+    """The path integral of one target's log p over the embeddings `inside`, in reverse mode."""
     E = model.get_input_embeddings()(ids).detach()
     delta = (E - mean_embedding(model.get_input_embeddings())) * inside[:, None]
     total = 0.0
@@ -82,7 +83,7 @@ def test_the_layout_of_the_batch_changes_nothing(rows, method, layout):
     expected = token_relevance(model, plain_batch(ids, labels, is_user), method)
     pad = torch.zeros(B, 4, dtype=torch.long)
     parts = {"ids": (ids, pad), "labels": (labels, pad - 100), "user": (is_user, pad.bool())}
-    parts["mask"] = torch.ones_like(ids), pad
+    parts["mask"] = (torch.ones_like(ids), pad)
     if layout == "left padded":
         batches = [plain_batch(*(torch.cat(pair[::-1], 1) for pair in parts.values()))]
     elif layout == "right padded":

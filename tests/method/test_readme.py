@@ -1,4 +1,4 @@
-"""README.md against the repository: its commands run, its quotations are the code, its files exist."""
+"""README.md against the repository: its commands run, its quotations are code, its files exist."""
 
 import json
 import re
@@ -11,21 +11,16 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EVIDENCE = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.startswith(("python ", "pip ", "torchrun "))
-]
+BLOCKS = "".join(re.findall(r"```\n(.*?)```", README, re.S))
+COMMANDS = re.findall("(?m)^(?:python|pip|torchrun) .*", BLOCKS)
 
 
 def run(line, folder):
     """A README command in an empty folder, with the repository's script."""
     words = shlex.split(line)
     assert words[0] == "python"
-    done = subprocess.run(
-        [sys.executable, ROOT / words[1], *words[2:]], cwd=folder, capture_output=True, text=True
-    )
+    argv = [sys.executable, ROOT / words[1], *words[2:]]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,26 +31,30 @@ def test_files_that_are_named_exist():
 
 
 def test_every_command_is_known_to_a_test():
-    """The toy ones run below, those that need the network in the marked tests, the install and the tests themselves in .ci/run."""
+    """The toy ones run below, those that need the network in the marked tests.
+
+    The install and the tests themselves are run by .ci/run.
+    """
     offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
+    elsewhere = [line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))]
     rest = {
         "pip install -r requirements.txt",
         "python gdrt.py --dataset ml-100k",
         "python -m pytest -q -n auto --dist loadgroup",
     }
-    assert set(COMMANDS) - set(offline) <= rest | {
-        line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))
-    }
+    assert set(COMMANDS) <= rest | set(offline) | set(elsewhere)
 
 
 def test_commands_of_the_evidence_list_their_runs(monkeypatch, tmp_path, capsys):
-    """Those in the README's sentences and at the head of quality.py; the runs themselves take minutes to hours."""
+    """Those in the README's sentences and at the head of quality.py.
+
+    The runs themselves take minutes to hours.
+    """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
 
-    commands = re.findall(
-        r"python benchmarks/quality\.py (.*?)(?:`|  |\n)", EVIDENCE + quality.__doc__
-    )
+    text = EVIDENCE + quality.__doc__
+    commands = re.findall(r"python benchmarks/quality\.py (.*?)(?:`|  |\n)", text)
     assert {"--quick", "smollm2", "grid"} <= set(commands)
     for command in commands:
         quality.main([*shlex.split(command), "--dry-run", "--results", str(tmp_path)])
@@ -66,21 +65,12 @@ def test_commands_of_the_evidence_list_their_runs(monkeypatch, tmp_path, capsys)
 def test_first_look(tmp_path, monkeypatch):
     """The toy commands as written, one after the other, in an empty folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shown = ("popularity", "before fine-tuning", "SFT", "GDRT", "NDCG@10", "aux share")
     for line in COMMANDS:
         if "toy" in line and line.startswith("python ") and "benchmarks/" not in line:
             out = run(line, tmp_path)
             if line == "python gdrt.py --dataset toy":
-                assert all(
-                    name in out
-                    for name in (
-                        "popularity",
-                        "before fine-tuning",
-                        "SFT",
-                        "GDRT",
-                        "NDCG@10",
-                        "aux share",
-                    )
-                )
+                assert all(name in out for name in shown)
 
 
 @pytest.mark.slow
@@ -95,7 +85,7 @@ def test_main_job(tmp_path, monkeypatch):
 
 
 def test_tables_are_those_of_the_results(monkeypatch):
-    """What speed.py --table, tables.py and relevance.py make of results/ stands in the README to the letter."""
+    """What speed.py --table, tables.py and relevance.py make of results/ stands in the README."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import relevance
     import speed
@@ -106,10 +96,8 @@ def test_tables_are_those_of_the_results(monkeypatch):
     assert tables.document(made) == (ROOT / "results" / "tables.md").read_text(encoding="utf-8")
     shown = re.findall("<!-- quality: (.*) -->", EVIDENCE)
     assert shown and all(made[name].strip() in EVIDENCE for name in shown)
-    assert (
-        relevance.agreement_table(json.loads((ROOT / "results" / "relevance.json").read_text()))
-        in EVIDENCE
-    )
+    measured = json.loads((ROOT / "results" / "relevance.json").read_text())
+    assert relevance.agreement_table(measured) in EVIDENCE
 
 
 def test_the_method_stands_above_the_rulers():

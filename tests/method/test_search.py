@@ -24,7 +24,8 @@ GAP = 1e-4  # nats; titles closer than this may stand in either order
 
 def title_scores(logits, title, prompts, legal):
     """Logits (L, V) along one title -> {softmax: sum of its tokens' log-probabilities}."""
-    tokens, total = [*title, prompts.eos], {"full": 0.0, "trie": 0.0}
+    tokens = [*title, prompts.eos]
+    total = {"full": 0.0, "trie": 0.0}
     for j, token in enumerate(tokens):
         z = logits[j].double()
         total["full"] += float(z[token] - z.logsumexp(0))
@@ -36,19 +37,14 @@ def title_scores(logits, title, prompts, legal):
 def score_all(model, prompts, windows):
     """Every title for every window, a forward pass each -> {softmax: (windows, titles)}."""
     legal = continuations(prompts)
-    found = [
-        [
-            title_scores(
-                separate_logits(model, prompts, window, title=title), title, prompts, legal
-            )
-            for title in prompts.titles
-        ]
-        for window in windows
-    ]
-    return {
-        softmax: np.array([[scores[softmax] for scores in row] for row in found])
-        for softmax in ("full", "trie")
-    }
+    found = {"full": np.empty((len(windows), len(prompts.titles)))}
+    found["trie"] = np.empty_like(found["full"])
+    for i, window in enumerate(windows):
+        for j, title in enumerate(prompts.titles):
+            logits = separate_logits(model, prompts, window, title=title)
+            for softmax, score in title_scores(logits, title, prompts, legal).items():
+                found[softmax][i, j] = score
+    return found
 
 
 def check(ranking, truth, windows, k, keep_seen):
@@ -58,12 +54,9 @@ def check(ranking, truth, windows, k, keep_seen):
         if not keep_seen:
             true[list(window.items[: window.stop])] = -np.inf
         n = min(k, int((true > -np.inf).sum()))
-        assert (
-            (items[n:] == -1).all() and (scores[n:] == -np.inf).all() and len(set(items[:n])) == n
-        )
-        assert (items[:n] >= 0).all() and scores[:n] == pytest.approx(
-            np.sort(true)[::-1][:n], abs=GAP
-        )
+        assert (items[n:] == -1).all() and (scores[n:] == -np.inf).all()
+        assert (items[:n] >= 0).all() and len(set(items[:n])) == n
+        assert scores[:n] == pytest.approx(np.sort(true)[::-1][:n], abs=GAP)
         assert true[items[:n]] == pytest.approx(scores[:n], abs=GAP)
 
 
@@ -71,10 +64,8 @@ def check(ranking, truth, windows, k, keep_seen):
 def scored(toy):
     """(windows, scores of every title): windows of toy, most with short histories to save time."""
     dataset, model, _, prompts = toy
-    windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])] + [
-        dataset.test[6],
-        dataset.valid[5],
-    ]
+    windows = [w._replace(start=w.stop - 2 - i % 3) for i, w in enumerate(dataset.test[:6])]
+    windows += [dataset.test[6], dataset.valid[5]]
     return windows, score_all(model, prompts, windows)
 
 
@@ -94,10 +85,8 @@ def test_top_ten_equals_scoring_every_title(toy, scored, softmax, width, rows, k
 
 def test_the_two_normalisations_differ(scored):
     _, truth = scored
-    assert (
-        np.abs(truth["full"] - truth["trie"]).max() > 0.01
-        and (truth["full"] <= truth["trie"] + 1e-9).all()
-    )
+    assert np.abs(truth["full"] - truth["trie"]).max() > 0.01
+    assert (truth["full"] <= truth["trie"] + 1e-9).all()
 
 
 # (titles, lengths, letters): many shared prefixes, long edges, titles that begin other titles.
@@ -115,10 +104,8 @@ CATALOGUES = {
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_odd_catalogues(name, kind, softmax):
     n, lengths, letters = CATALOGUES[name]
-    prompts, model = (
-        random_prompts(4, n, lengths=lengths, letters=letters, bos=kind == "llama"),
-        small_model(kind, scale=0.5),
-    )
+    prompts = random_prompts(4, n, lengths=lengths, letters=letters, bos=kind == "llama")
+    model = small_model(kind, scale=0.5)
     random = np.random.default_rng(0)
     windows = []
     for user in range(3):
@@ -126,13 +113,8 @@ def test_odd_catalogues(name, kind, softmax):
         windows.append(Window(user, items + (0,), 0, len(items)))
     truth = score_all(model, prompts, windows)[softmax]
     for k, width, keep_seen in ((1, 2, True), (5, 1, False), (n + 3, 8, True), (n + 3, 3, False)):
-        check(
-            rank(model, prompts, windows, k, softmax, keep_seen, width, 2),
-            truth,
-            windows,
-            k,
-            keep_seen,
-        )
+        ranking = rank(model, prompts, windows, k, softmax, keep_seen, width, 2)
+        check(ranking, truth, windows, k, keep_seen)
 
 
 def same_lists(model, prompts, windows, k, **options):
@@ -162,76 +144,61 @@ def test_the_definition_on_odd_catalogues(name):
 
 
 def test_a_title_that_begins_another():
-    prompts, model = random_prompts(0, 6), small_model()
     titles = [[5, 6], [5], [5, 6, 7], [5, 6, 7, 8, 9], [6], [6, 5]]
-    prompts = prompts._replace(titles=titles, trie=build_trie([title + [1] for title in titles]))
+    trie = build_trie([title + [1] for title in titles])
+    prompts = random_prompts(0, 6)._replace(titles=titles, trie=trie)
+    model = small_model()
     windows = [Window(0, (4, 0), 0, 1), Window(1, (0, 3, 2, 1), 1, 3)]
     truth = score_all(model, prompts, windows)
     for softmax in ("trie", "full"):
         for width in (1, 4):
-            check(
-                rank(model, prompts, windows, 4, softmax, True, width),
-                truth[softmax],
-                windows,
-                4,
-                True,
-            )
+            ranking = rank(model, prompts, windows, 4, softmax, True, width)
+            check(ranking, truth[softmax], windows, 4, True)
 
 
 @pytest.mark.parametrize("softmax", ["trie", "full"])
 def test_a_model_that_follows_no_mask_is_read_prompt_by_prompt(softmax):
     """Mamba has no attention, so no mask to follow."""
-    prompts, model = (
-        random_prompts(4, 20, lengths=(1, 5), letters=3),
-        small_model("mamba", scale=0.5),
-    )
-    windows = [
-        Window(
-            user,
-            tuple(np.random.default_rng(user).permutation(20)[: 3 + user].tolist()),
-            0,
-            2 + user,
-        )
-        for user in range(4)
-    ]
+    prompts = random_prompts(4, 20, lengths=(1, 5), letters=3)
+    model = small_model("mamba", scale=0.5)
+    windows = []
+    for user in range(4):
+        items = np.random.default_rng(user).permutation(20)[: 3 + user].tolist()
+        windows.append(Window(user, tuple(items), 0, 2 + user))
     prompts = fall_back_to_unpacked(model, prompts, windows)
     assert not prompts.packed
     truth = score_all(model, prompts, windows)[softmax]
     for width, rows in ((1, 4), (5, 2)):
-        check(
-            rank(model, prompts, windows, 10, softmax, False, width, rows),
-            truth,
-            windows,
-            10,
-            False,
-        )
+        ranking = rank(model, prompts, windows, 10, softmax, False, width, rows)
+        check(ranking, truth, windows, 10, False)
 
 
 def test_scores_over_legal_tokens_are_a_distribution():
-    prompts, model = random_prompts(5, 20, letters=4), small_model()
-    scores = rank(model, prompts, [Window(0, (1, 2, 3), 0, 2)], 20, "trie", True).scores
+    prompts = random_prompts(5, 20, letters=4)
+    windows = [Window(0, (1, 2, 3), 0, 2)]
+    scores = rank(small_model(), prompts, windows, 20, "trie", True).scores
     assert np.exp(scores).sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_all_titles_seen_gives_an_empty_list():
-    prompts, model = random_prompts(6, 3), small_model()
-    ranking = rank(model, prompts, [Window(0, (0, 1, 2, 0), 0, 3), Window(1, (0, 1), 0, 1)], 2)
-    assert (
-        (ranking.items[0] == -1).all()
-        and (ranking.scores[0] == -np.inf).all()
-        and set(ranking.items[1]) == {1, 2}
-    )
+    windows = [Window(0, (0, 1, 2, 0), 0, 3), Window(1, (0, 1), 0, 1)]
+    ranking = rank(small_model(), random_prompts(6, 3), windows, 2)
+    assert (ranking.items[0] == -1).all()
+    assert (ranking.scores[0] == -np.inf).all()
+    assert set(ranking.items[1]) == {1, 2}
 
 
 def test_seen_can_be_given():
-    prompts, model = random_prompts(6, 8), small_model()
+    prompts = random_prompts(6, 8)
+    model = small_model()
     window = Window(0, (0, 1, 2), 0, 2)
     assert set(rank(model, prompts, [window], 8).items[0]) == {-1, 2, 3, 4, 5, 6, 7}
     assert set(rank(model, prompts, [window], 8, seen=[(5, 6, 7)]).items[0]) == {-1, 0, 1, 2, 3, 4}
 
 
 def test_training_mode_makes_no_difference():
-    prompts, model = random_prompts(6, 8), small_model(dropout=0.5)
+    prompts = random_prompts(6, 8)
+    model = small_model(dropout=0.5)
     window = Window(0, (0, 1, 2), 0, 2)
     before = rank(model, prompts, [window], 8).scores
     assert np.array_equal(rank(model.train(), prompts, [window], 8).scores, before)
@@ -239,17 +206,16 @@ def test_training_mode_makes_no_difference():
 
 @pytest.mark.parametrize("softmax", ["trie", "full"])
 def test_scores_that_are_not_numbers_are_an_error(softmax):
-    prompts, model = random_prompts(7, 8), small_model()
+    prompts = random_prompts(7, 8)
+    model = small_model()
     windows = [Window(0, (0, 1, 2), 0, 2), Window(1, (3, 4, 5), 0, 2)]
     broken = copy.deepcopy(model)
-    with torch.no_grad():
-        broken.get_input_embeddings().weight[prompts.titles[4][0]] = float(
-            "nan"
-        )  # one user's history alone
+    with torch.no_grad():  # one user's history alone
+        broken.get_input_embeddings().weight[prompts.titles[4][0]] = torch.nan
     with pytest.raises(InputError, match="NaN"):
         rank(broken, prompts, windows, 3, softmax)
     with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(float("nan"))
+        model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(InputError, match="NaN"):
         rank(model, prompts, windows, 3, softmax)
 
@@ -259,7 +225,8 @@ def test_scores_that_are_not_numbers_are_an_error(softmax):
 def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
     """generate() with a beam for every prefix; renormalize_logits: over the legal tokens."""
     n = 14
-    prompts, model = random_prompts(8, n, letters=6, lengths=(2, 5)), small_model(kind, scale=0.5)
+    prompts = random_prompts(8, n, letters=6, lengths=(2, 5))
+    model = small_model(kind, scale=0.5)
     legal = continuations(prompts)
     for window in (Window(0, (3, 1, 4, 5), 0, 3), Window(1, (2, 7, 0), 0, 2)):
         prompt = torch.tensor([prompt_of(prompts, window)])
@@ -297,30 +264,25 @@ def test_agrees_with_beam_search_wide_enough_to_be_exact(kind, softmax):
 @torch.no_grad()
 def score_all_cached(model, prompts, window, legal, rows=128):
     """score_all for one window of a large catalogue: the prompt is read once, then copied."""
-    prompt, at, results = torch.tensor([prompt_of(prompts, window)]), 0, []
-    order = sorted(range(len(prompts.titles)), key=lambda i: len(prompts.titles[i]))
     first = DynamicCache(config=model.config)
+    prompt = torch.tensor([prompt_of(prompts, window)])
     start = model(prompt, cache=first, use_cache=True).logits[0, -1:]
-    while at < len(order):
-        some = [
-            i
-            for i in order[at : at + rows]
-            if len(prompts.titles[i]) == len(prompts.titles[order[at]])
-        ]  # no padding
-        cache = copy.deepcopy(first)
-        cache.batch_repeat_interleave(len(some))
-        logits = model(
-            torch.tensor([prompts.titles[i] for i in some]), cache=cache, use_cache=True
-        ).logits
-        results += [
-            (i, title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal))
-            for i, z in zip(some, logits)
-        ]
-        at += len(some)
-    return {
-        softmax: np.array([scores[softmax] for _, scores in sorted(results)])
-        for softmax in ("full", "trie")
-    }
+    by_length = {}  # so that there is no padding
+    for i, title in enumerate(prompts.titles):
+        by_length.setdefault(len(title), []).append(i)
+    found = {softmax: np.empty(len(prompts.titles)) for softmax in ("full", "trie")}
+    for items in by_length.values():
+        for at in range(0, len(items), rows):
+            some = items[at : at + rows]
+            cache = copy.deepcopy(first)
+            cache.batch_repeat_interleave(len(some))
+            ids = torch.tensor([prompts.titles[i] for i in some])
+            logits = model(ids, cache=cache, use_cache=True).logits
+            for i, z in zip(some, logits):
+                scores = title_scores(torch.cat([start, z]), prompts.titles[i], prompts, legal)
+                for softmax, score in scores.items():
+                    found[softmax][i] = score
+    return found
 
 
 @pytest.mark.slow
@@ -336,18 +298,11 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     trees = build_trees(prompts, windows)
     updates = gdrt.make_batches(trees, 128, 1, 0)
     table = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
-    gdrt.train(
-        model,
-        prompts,
-        trees,
-        updates,
-        (0, len(updates)),
-        table,
-        gdrt.sft_rule,
-        1,
-        gdrt.TrainConfig(),
-    )
-    chosen, legal = dataset.test[::19][:50], continuations(prompts)
+    span = (0, len(updates))
+    cfg = gdrt.TrainConfig()
+    gdrt.train(model, prompts, trees, updates, span, table, gdrt.sft_rule, 1, cfg)
+    chosen = dataset.test[::19][:50]
+    legal = continuations(prompts)
     model.eval()
     truth = [score_all_cached(model, prompts, window, legal) for window in chosen]
     for softmax in ("trie", "full"):

@@ -6,7 +6,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import prompt_of, random_prompts, random_windows, separate_nll, small_model
+from conftest import (
+    in_order,
+    prompt_of,
+    random_prompts,
+    random_windows,
+    separate_nll,
+    small_model,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -59,13 +66,6 @@ def furthest(ours, theirs):
     )
 
 
-def in_order(batch, values):
-    """Values (N,) of a batch sorted by window and place, as the separate prompts come."""
-    return values[
-        sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
-    ]
-
-
 def compare(model, prompts, windows, tamper=lambda batch: batch, pack=True):
     """(NLL difference, gradient difference) of trees and separate prompts, for the mean NLL."""
     batch = tamper(collate(build_trees(prompts, windows, pack)))
@@ -77,16 +77,14 @@ def compare(model, prompts, windows, tamper=lambda batch: batch, pack=True):
 
 
 def causal(batch):
+    """The batch with a plain causal mask: branches see one another."""
     T = batch.ids.shape[1]
-    return batch._replace(
-        mask=torch.full((T, T), torch.finfo(torch.float32).min)
-        .triu(1)
-        .expand(len(batch.ids), 1, T, T)
-        .clone()
-    )
+    mask = torch.full((T, T), torch.finfo(torch.float32).min).triu(1)
+    return batch._replace(mask=mask.expand(len(batch.ids), 1, T, T).clone())
 
 
 def absolute(batch):
+    """The batch with positions counted along the row, not along the path."""
     return batch._replace(position=torch.arange(batch.ids.shape[1]).expand_as(batch.ids))
 
 
@@ -169,7 +167,8 @@ def test_a_wrong_mask_or_wrong_positions_are_seen(toy, tamper):
 
 @pytest.mark.parametrize("kind, tied, bos", KINDS)
 def test_kinds_of_models_and_tokenisers(kind, tied, bos):
-    model, prompts = small_model(kind, tied=tied), random_prompts(1, bos=bos)
+    model = small_model(kind, tied=tied)
+    prompts = random_prompts(1, bos=bos)
     windows = random_windows(12, 1)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     nll, gradient = compare(model, prompts, windows)
@@ -187,18 +186,15 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
     batches = [dataset.train[i : i + 20] for i in range(0, 80, 20)]
     results = []
     for pack in (True, False):
-        trained, losses, log_q = copy.deepcopy(model), [], torch.zeros(3)
+        trained = copy.deepcopy(model)
+        losses = []
+        log_q = torch.zeros(3)
+        cfg = gdrt.TrainConfig()
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.3)
         for windows in batches:
+            trees = build_trees(prompts, windows, pack)
             log_q, line = gdrt.training_step(
-                trained,
-                optimizer,
-                build_trees(prompts, windows, pack),
-                prompts,
-                table,
-                objective,
-                log_q,
-                gdrt.TrainConfig(),
+                trained, optimizer, trees, prompts, table, objective, log_q, cfg
             )
             losses.append(line["loss"])
         results.append((losses, [p.detach() for p in trained.parameters()]))
@@ -208,7 +204,7 @@ def test_packed_and_separate_trees_train_alike(toy, objective):
     assert furthest(weights, [p.detach() for p in model.parameters()]) > 1e-2  # they did move
 
 
-# ------------------------------------------------ pieces of a prompt
+# ---------------------------------------------------------------- pieces of a prompt
 
 
 def word_tokenizer(words, bos="<s>", eos="</s>", adds_bos=False):
@@ -226,21 +222,22 @@ def word_tokenizer(words, bos="<s>", eos="</s>", adds_bos=False):
 
 
 def words_of(dataset):
-    return {word for title in dataset.titles for word in f'"{title}"'.split()} | set(
-        "movies watched recommend the".split()
-    )
+    words = set("movies watched recommend the".split())
+    for title in dataset.titles:
+        words.update(f'"{title}"'.split())
+    return words
 
 
 @pytest.mark.parametrize("bos, adds_bos", [("<s>", True), ("<s>", False), (None, False)])
 def test_a_prompt_has_one_bos_where_there_is_one(bos, adds_bos):
     dataset = load_dataset("toy")
     tokenizer = word_tokenizer(words_of(dataset), bos, adds_bos=adds_bos)
-    prompts, window = make_prompts(dataset, tokenizer, 512), dataset.train[5]
+    prompts = make_prompts(dataset, tokenizer, 512)
+    window = dataset.train[5]
     ids = build_tree(prompts, [window], [0]).ids.tolist()
     assert ids == prompt_of(prompts, window) + prompts.titles[window.items[window.stop]]
-    assert ids.count(tokenizer.bos_token_id) == (bos is not None) and (
-        bos is None or ids[0] == tokenizer.bos_token_id
-    )
+    assert ids.count(tokenizer.bos_token_id) == (bos is not None)
+    assert bos is None or ids[0] == tokenizer.bos_token_id
     for item in window.items[window.start : window.stop]:
         assert f'"{dataset.titles[item]}"' in tokenizer.decode(ids)
 
@@ -248,9 +245,7 @@ def test_a_prompt_has_one_bos_where_there_is_one(bos, adds_bos):
 def test_the_prompt_reads_as_the_template_says(toy):
     dataset, _, tokenizer, prompts = toy
     window = dataset.train[5]
-    history = "\n".join(
-        f'"{dataset.titles[item]}"' for item in window.items[window.start : window.stop]
-    )
+    history = "\n".join(f'"{dataset.titles[i]}"' for i in window.items[window.start : window.stop])
     text = tokenizer.decode(build_tree(prompts, [window], [0]).ids.tolist())
     assert text == (
         "<bos>### Instruction:\n"
@@ -264,9 +259,7 @@ def test_titles_of_equal_tokens_are_an_error():
     with pytest.raises(InputError, match="items 0 and 2"):
         build_trie([[5, 6, 1], [5, 1], [5, 6, 1]])
     dataset = load_dataset("toy")
-    strangers = word_tokenizer(
-        set()
-    )  # every word is unknown: all titles of three words look the same
+    strangers = word_tokenizer(set())  # all words are unknown: titles of three words look the same
     with pytest.raises(InputError, match="same title tokens"):
         make_prompts(dataset, strangers, 512)
 
@@ -277,17 +270,15 @@ def test_a_tokenizer_without_eos_is_an_error():
         make_prompts(dataset, word_tokenizer(words_of(dataset), eos=None), 512)
 
 
-# ------------------------------------------------ short models, stubborn models
+# ---------------------------------------------------------------- short models, stubborn models
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pack", [True, False])
 def test_a_history_longer_than_the_model_loses_its_oldest_titles(kind, pack):
     """A window keeps the longest end of its history that leaves room for the longest title."""
-    model, prompts = (
-        small_model(kind, places=32),
-        random_prompts(3, n=14, longest=32, lengths=(2, 5)),
-    )
+    model = small_model(kind, places=32)
+    prompts = random_prompts(3, n=14, longest=32, lengths=(2, 5))
     items = tuple(range(14))
     windows = [Window(0, items, 0, stop) for stop in range(1, 14)]
     room = 32 - max(map(len, prompts.titles))
@@ -300,9 +291,8 @@ def test_a_history_longer_than_the_model_loses_its_oldest_titles(kind, pack):
     trees = build_trees(prompts, windows, pack)
     batch = collate(trees)
     assert batch.position.max() < 32
-    separate = torch.cat(
-        [separate_nll(model, prompts, window, skip) for window, skip in zip(windows, skips)]
-    )
+    separate = [separate_nll(model, prompts, *pair) for pair in zip(windows, skips)]
+    separate = torch.cat(separate)
     assert (in_order(batch, tree_nll(model, batch)) - separate).abs().max() < 1e-5
     for tree in trees:
         assert tree.dropped == max(skips[i] for i in set(tree.window.tolist()))
@@ -319,9 +309,8 @@ def deaf(model, *names):
 
     class Deaf(type(model)):
         def forward(self, *args, **kwargs):
-            return super().forward(
-                *args, **{key: value for key, value in kwargs.items() if key not in names}
-            )
+            kept = {key: value for key, value in kwargs.items() if key not in names}
+            return super().forward(*args, **kept)
 
     return types.new_class("Deaf", (Deaf,))(model.config).eval()
 
@@ -329,17 +318,18 @@ def deaf(model, *names):
 @pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
 def test_a_model_that_ignores_the_mask_is_noticed(name):
     torch.manual_seed(0)
-    model, prompts, windows = small_model(), random_prompts(1), random_windows(12, 1)
+    model = small_model()
+    prompts = random_prompts(1)
+    windows = random_windows(12, 1)
     assert supports_packing(model, prompts, windows)
     assert not supports_packing(deaf(model, name), prompts, windows)
 
 
 def test_it_is_noticed_though_the_first_users_have_one_target():
     """A tree with one branch is a plain prompt: it tells nothing about the mask."""
-    model, prompts = small_model(), random_prompts(1)
-    windows = [
-        window for user in range(20) for window in random_windows(12, user)[:1]
-    ] + random_windows(12, 1)
+    model = small_model()
+    prompts = random_prompts(1)
+    windows = [random_windows(12, user)[0] for user in range(20)] + random_windows(12, 1)
     assert not supports_packing(deaf(model, "attention_mask"), prompts, windows)
 
 
@@ -350,6 +340,5 @@ def test_a_model_that_refuses_the_mask_is_noticed():
                 raise ValueError("attention_mask should have 2 dimensions")
             return super().forward(*args, attention_mask=attention_mask, **kwargs)
 
-    assert not supports_packing(
-        Refuses(small_model().config).eval(), random_prompts(1), random_windows(12, 1)
-    )
+    model = Refuses(small_model().config).eval()
+    assert not supports_packing(model, random_prompts(1), random_windows(12, 1))

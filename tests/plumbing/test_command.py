@@ -1,4 +1,4 @@
-"""Every flag of the three commands is run; models of other kinds go through the whole of gdrt.py."""
+"""Every flag of the three commands is run; models of other kinds go through all of gdrt.py."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import small_model
+from conftest import json_lines, small_model
 
 import attribution
 import evaluate
@@ -45,53 +45,35 @@ def words(arguments):
     """{"no_pack": True, "seed": 3} -> ["--no-pack", "--seed", "3"]."""
     found = []
     for name, value in arguments.items():
-        found += [
-            f"--{name.replace('_', '-')}",
-            *(
-                ()
-                if value is True
-                else map(str, value)
-                if isinstance(value, list)
-                else [str(value)]
-            ),
-        ]
+        found.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            found += map(str, value if isinstance(value, list) else [value])
     return found
 
 
-def seen_flags(parser, *lines):
+def unseen_flags(parser, *lines):
     """Flags of a parser that no line holds."""
-    return (
-        {action.option_strings[-1] for action in parser._actions if action.option_strings}
-        - {word for line in lines for word in line}
-        - {"--help"}
-    )
+    flags = {action.option_strings[-1] for action in parser._actions if action.option_strings}
+    return flags - {"--help"} - set().union(*lines)
 
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
     """{name: (flags, folder)} of two runs whose flags, with those of `small`, are all there are."""
-    out, done = tmp_path_factory.mktemp("runs"), {}
+    out = tmp_path_factory.mktemp("runs")
+    done = {}
     for name, arguments in (("method", METHOD), ("rest", REST)):
-        flags = [
-            *small,
-            *words(arguments),
-            "--out",
-            str(out),
-            "--name",
-            name,
-            "--cache",
-            str(out / "cache"),
-        ]
+        places = {"out": out, "name": name, "cache": out / "cache"}
+        flags = [*small, *words(arguments | places)]
         gdrt.main(flags)
-        done[name] = flags, out / name
+        done[name] = (flags, out / name)
     return done
 
 
 def test_every_flag_is_run(runs):
+    lines = [flags for flags, _ in runs.values()]
     elsewhere = {"--data-dir"}  # in test_data.py, on files of MovieLens' form; --resume is below
-    assert (
-        seen_flags(gdrt.parser(), *(flags for flags, _ in runs.values()), ["--resume"]) == elsewhere
-    )
+    assert unseen_flags(gdrt.parser(), *lines, ["--resume"]) == elsewhere
 
 
 @pytest.mark.parametrize("name, wanted", [("method", METHOD), ("rest", REST)])
@@ -102,39 +84,25 @@ def test_a_run_says_what_it_was_given(runs, name, wanted):
 
 def test_flags_do_what_they_say(runs):
     folder = runs["method"][1]
-    lines = {
-        loss: [
-            json.loads(line) for line in (folder / loss / "metrics.jsonl").read_text().splitlines()
-        ]
-        for loss in METHOD["loss"]
-    }
-    shared = len((folder / "warmup" / "metrics.jsonl").read_text().splitlines())
-    assert shared == round(0.3 * (shared + len(lines["sft"]))) and all(
-        len(x) == len(lines["sft"]) for x in lines.values()
-    )
+    lines = {loss: json_lines(folder / loss / "metrics.jsonl") for loss in METHOD["loss"]}
+    shared = len(json_lines(folder / "warmup" / "metrics.jsonl"))
+    assert shared == round(0.3 * (shared + len(lines["sft"])))
+    assert {len(logged) for logged in lines.values()} == {len(lines["sft"])}
     for line in lines["gdrt"]:  # q_g ~ share_g exp(L_g / 2)
         weight = [n * math.exp(L / 2.0) for n, L in zip(line["n"], line["group_nll"])]
-        assert (
-            line["q"] == pytest.approx([w / sum(weight) for w in weight], rel=1e-4)
-            and len(line["q"]) == 3
-        )
+        assert len(weight) == 3
+        assert line["q"] == pytest.approx([w / sum(weight) for w in weight], rel=1e-4)
     for line in lines["sft"]:
         assert line["q"] == pytest.approx([n / sum(line["n"]) for n in line["n"]])
-    seen = [
-        json.loads(line)
-        for line in (folder / "gdrt" / "predictions.jsonl").read_text().splitlines()
-    ]
+    seen = json_lines(folder / "gdrt" / "predictions.jsonl")
     assert any(set(line["history"]) & set(line["titles"]) for line in seen)  # --keep-seen
     assert max(len(line["history"]) for line in seen) <= 2 * 4 - 1  # --history 4
     rest = json.loads((runs["rest"][1] / "gdrt" / "metrics.json").read_text())
     assert "valid" in rest and "test" not in rest and rest["audit"]["after"] is None
-    groups = [
-        json.loads((runs[name][1] / "groups.json").read_text()) for name in ("method", "rest")
-    ]
-    assert [(g["relevance"], len(g["shares"])) for g in groups] == [
-        ("ablation", 3),
-        ("probability", 4),
-    ]
+    for name, relevance, n_groups in (("method", "ablation", 3), ("rest", "probability", 4)):
+        groups = json.loads((runs[name][1] / "groups.json").read_text())
+        assert groups["relevance"] == relevance
+        assert len(groups["shares"]) == n_groups
 
 
 def test_resume_of_a_finished_run_prints_its_table_again(runs, capsys):
@@ -142,79 +110,39 @@ def test_resume_of_a_finished_run_prints_its_table_again(runs, capsys):
     before = (folder / "gdrt" / "metrics.json").read_text()
     gdrt.main([*flags, "--resume"])
     shown = capsys.readouterr().out
-    assert all(
-        name in shown for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "group-dro")
-    )
-    assert (
-        json.loads((folder / "gdrt" / "metrics.json").read_text())["test"]
-        == json.loads(before)["test"]
-    )
+    for name in ("popularity", "before fine-tuning", "SFT", "GDRT", "group-dro"):
+        assert name in shown
+    after = (folder / "gdrt" / "metrics.json").read_text()
+    assert json.loads(after)["test"] == json.loads(before)["test"]
 
 
-def test_attribution_and_evaluate_take_every_flag(small, runs, tmp_path, capsys):
+def test_attribution_takes_every_flag(small, runs, tmp_path, capsys):
     folder = runs["method"][1] / "gdrt"
-    line = json.loads((folder / "predictions.jsonl").read_text().splitlines()[-1])
-    cache = [
-        "--cache",
-        str(tmp_path),
-        "--data-dir",
-        str(tmp_path),
-    ]  # neither is looked at where the data is a folder
-    flags = [
-        [
-            str(folder),
-            "--user",
-            line["user"],
-            "--title",
-            line["target"],
-            "--method",
-            "gradient",
-            "--steps",
-            "3",
-            "--html",
-            str(tmp_path / "a.html"),
-            "--dataset",
-            small[1],
-            *cache,
-        ]
-    ]
-    attribution.main(flags[0])
-    assert line["target"] in capsys.readouterr().out and (tmp_path / "a.html").exists()
-    assert not seen_flags(attribution.parser(), *flags)
+    line = json_lines(folder / "predictions.jsonl")[-1]
+    page = tmp_path / "a.html"
+    flags = f"--method gradient --steps 3 --html {page} --dataset {small[1]}"
+    # Neither of these two folders is looked at where the data is a folder.
+    flags += f" --cache {tmp_path} --data-dir {tmp_path}"
+    flags = [*flags.split(), "--user", line["user"], "--title", line["target"]]
+    attribution.main([str(folder), *flags])
+    assert line["target"] in capsys.readouterr().out and page.exists()
+    assert not unseen_flags(attribution.parser(), flags)
+
+
+def test_evaluate_takes_every_flag(runs, tmp_path, capsys):
+    folder = runs["method"][1] / "gdrt"
+    dataset = json.loads((folder.parent / "config.json").read_text())["arguments"]["dataset"]
+    page = tmp_path / "r.html"
     lists = tmp_path / "lists.jsonl"
     lists.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:]) + "\n")
-    dataset, flags = (
-        json.loads((folder.parent / "config.json").read_text())["arguments"]["dataset"],
-        [],
-    )
-    flags.append(
-        [
-            str(folder),
-            "--predictions",
-            str(lists),
-            "--allow-missing",
-            "--report",
-            str(tmp_path / "r.html"),
-            *cache,
-        ]
-    )
-    flags.append(
-        [
-            "--dataset",
-            dataset,
-            "--split",
-            "time",
-            "--min-rating",
-            "3",
-            "--predictions",
-            str(lists),
-            "--allow-missing",
-        ]
-    )
-    for some in flags:
-        evaluate.main(some)
+    theirs = f"--predictions {lists} --allow-missing"
+    beside = f"{folder} {theirs} --report {page} --cache {tmp_path} --data-dir {tmp_path}".split()
+    alone = f"--dataset {dataset} --split time --min-rating 3 {theirs}".split()
+    for flags in (beside, alone):
+        evaluate.main(flags)
         assert "1 windows without a list, counted as misses" in capsys.readouterr().out
-    assert (tmp_path / "r.html").exists() and not seen_flags(evaluate.parser(), *flags)
+    assert page.exists()
+    assert not unseen_flags(evaluate.parser(), beside, alone)
 
 
 def test_data_that_moved_is_read_where_it_is_now(small, runs, tmp_path, capsys):
@@ -241,27 +169,13 @@ def test_data_that_moved_is_read_where_it_is_now(small, runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind, tied", [("gpt2", True), ("llama", False), ("mamba", False)])
 def test_other_models_from_a_folder(small, tmp_path, kind, tied, capsys):
-    """Learned positions, untied heads, no attention at all: trained, ranked, audited, and read back alike."""
+    """Learned positions, untied heads, no attention at all: trained, ranked, audited, read back."""
     tokenizer = tiny_tokenizer(load_dataset(small[1]))
     small_model(kind, len(tokenizer), tied).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    gdrt.main(
-        [
-            *small,
-            "--model",
-            str(tmp_path / "model"),
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--relevance",
-            "ablation",
-            "--loss",
-            "gdrt",
-            "--windows",
-            "24",
-        ]
-    )
+    flags = f"--model {tmp_path}/model --out {tmp_path} --name run"
+    flags += " --relevance ablation --loss gdrt --windows 24"
+    gdrt.main([*small, *flags.split()])
     shown = capsys.readouterr()
     assert "GDRT" in shown.out and ("each runs by itself" in shown.err) == (kind == "mamba")
     evaluate.main([str(tmp_path / "run")])

@@ -69,19 +69,19 @@ FILMS = [  # id, title as GroupLens writes it, genres, RecBole's title and year,
     ("8", "Enfer, L' (1994)", ["Drama"], "Enfer, L'", "1994", "L'Enfer (1994)"),
     ("9", "Paris, Texas (1984)", ["Drama"], "Paris, Texas", "1984", "Paris, Texas (1984)"),
 ]
-RATINGS = [
-    (user, film, 5 - (user + film) % 2, 1000 * (film // 2) + 9000 * (user == 3))
-    for user in (1, 2, 3)
-    for film in range(1, 10)
-] + [(user, 10 - user, 4, 77) for user in (1, 2)]
+RATINGS = []
+for user in (1, 2, 3):
+    for film in range(1, 10):
+        moment = 1000 * (film // 2) + 9000 * (user == 3)
+        RATINGS.append((user, film, 5 - (user + film) % 2, moment))
+RATINGS += [(1, 9, 4, 77), (2, 8, 4, 77)]
 
 
 def grouplens(ratings=RATINGS, films=FILMS):
-    flags = ["|".join(str(int(genre in film[2])) for genre in GENRES) for film in films]
-    items = "".join(
-        f"{film[0]}|{film[1]}|01-Jan-1995||http://us.imdb.com/?{film[0]}|{flag}\n"
-        for film, flag in zip(films, flags)
-    )
+    items = ""
+    for film in films:
+        flags = "|".join(str(int(genre in film[2])) for genre in GENRES)
+        items += f"{film[0]}|{film[1]}|01-Jan-1995||http://us.imdb.com/?{film[0]}|{flags}\n"
     return {
         "u.data": "".join("\t".join(map(str, row)) + "\n" for row in ratings).encode(),
         "u.item": items.encode("latin-1"),
@@ -157,15 +157,14 @@ def test_windows_follow_the_definition(tmp_path):
         dataset = load_dataset(str(fill(tmp_path, recbole(ratings, films))), history=H)
         assert dataset.users == ["1", "2", "12"]
         for user, n in enumerate((36, 35, 25)):
-            mine = [
-                [w for w in part if w.user == user]
+            train, valid, test = (
+                list(filter(lambda w: w.user == user, part))
                 for part in (dataset.train, dataset.valid, dataset.test)
-            ]
-            assert [w.stop for w in mine[0]] == list(range(3, n - 2)) and [
-                w.stop for w in mine[1] + mine[2]
-            ] == [n - 2, n - 1]
-            for w in sum(mine, []):
-                assert w.items == tuple(range(n)) and w.items is mine[0][0].items
+            )
+            assert [w.stop for w in train] == list(range(3, n - 2))
+            assert [w.stop for w in valid + test] == [n - 2, n - 1]
+            for w in train + valid + test:
+                assert w.items == tuple(range(n)) and w.items is train[0].items
                 assert (
                     w.stop - w.start == w.stop if w.stop < 2 * H else H <= w.stop - w.start < 2 * H
                 )
@@ -213,10 +212,10 @@ def test_twins_keep_the_first_occurrence(tmp_path):
 
 def test_ties_are_broken_by_the_seed_alone(tmp_path):
     tied = [(user, film, 5, 60) for user in range(1, 9) for film in range(1, 10)]
-    orders = [
-        [w.items for w in load_dataset(str(fill(tmp_path / str(i), recbole(rows))), seed=seed).test]
-        for i, (rows, seed) in enumerate([(tied, 0), (tied[::-1], 0), (tied, 1)])
-    ]
+    orders = []
+    for i, (rows, seed) in enumerate([(tied, 0), (tied[::-1], 0), (tied, 1)]):
+        folder = fill(tmp_path / str(i), recbole(rows))
+        orders.append([w.items for w in load_dataset(str(folder), seed=seed).test])
     assert orders[0] == orders[1] != orders[2] and len(set(orders[0])) > 1
     assert load_dataset(str(tmp_path / "0")).stats["users whose last positive is tied"] == 1.0
 
@@ -248,42 +247,37 @@ def test_time_split_never_cuts_a_timestamp(tmp_path):
     films = [(str(i), f"Film {i}", [], f"Film {i}", "", "") for i in range(1, 10)]
     dataset = load_dataset(str(fill(tmp_path, recbole(ratings, films))), split="time")
     moment = {(str(u), f"Film {i}"): t for u, i, _, t in ratings}
-    spans = [
-        [moment[dataset.users[w.user], dataset.titles[w.items[w.stop]]] for w in part]
-        for part in (dataset.train, dataset.valid, dataset.test)
-    ]
-    assert max(spans[0]) < min(spans[1]) and max(spans[1]) < min(spans[2])
-    assert sum(map(len, spans)) == 20 * 6 and 0.6 < len(spans[0]) / 120 <= 0.8
+
+    def moments(windows):
+        return [moment[dataset.users[w.user], dataset.titles[w.items[w.stop]]] for w in windows]
+
+    train = moments(dataset.train)
+    valid = moments(dataset.valid)
+    test = moments(dataset.test)
+    assert max(train) < min(valid) and max(valid) < min(test)
+    assert len(train) + len(valid) + len(test) == 20 * 6
+    assert 0.6 < len(train) / 120 <= 0.8
 
 
 def test_titles():
     assert clean_title("Fun &amp;amp; Games\t &quot;Live&quot;\n") == 'Fun & Games "Live"'
-    assert (
-        clean_title("Caf\x65\u0301") == "Café"
-        and clean_title("a\ud800b") == "a?b"
-        and clean_title(" \x00 ") == ""
-    )
-    assert (
-        clean_title("Book, The") == "Book, The" and clean_title("Book, A", movie=True) == "A Book"
-    )
-    assert (
-        clean_title("Cry, the Beloved Country (1995)", movie=True)
-        == "Cry, the Beloved Country (1995)"
-    )
+    assert clean_title("Caf\x65\u0301") == "Café"
+    assert clean_title("a\ud800b") == "a?b"
+    assert clean_title(" \x00 ") == ""
+    assert clean_title("Book, The") == "Book, The"
+    assert clean_title("Book, A", movie=True) == "A Book"
+    no_article = "Cry, the Beloved Country (1995)"
+    assert clean_title(no_article, movie=True) == no_article
     assert clean_title("千と千尋の神隠し (2001)", movie=True) == "千と千尋の神隠し (2001)"
 
 
 def csv_files(train, test, names):
-    text = "user_id,item_ids,timestamp\n{}"
-    rows = [
-        "".join(f'{user},"{ids}",{moment}\n' for user, ids, moment in part)
-        for part in (train, test)
-    ]
-    return {
-        "train.csv": text.format(rows[0]).encode(),
-        "test.csv": text.format(rows[1]).encode(),
-        "id2name4Rec.json": json.dumps(names).encode(),
-    }
+    def text(part):
+        rows = "".join(f'{user},"{ids}",{moment}\n' for user, ids, moment in part)
+        return f"user_id,item_ids,timestamp\n{rows}".encode()
+
+    names = json.dumps(names).encode()
+    return {"train.csv": text(train), "test.csv": text(test), "id2name4Rec.json": names}
 
 
 def test_csv_windows_stand_as_they_are(tmp_path):
@@ -580,10 +574,10 @@ def test_parsers_refuse_or_read_anything(parse, name, draw):
     noise = draw.draw(
         st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
     )
-    at, cut = draw.draw(st.integers(0, len(WHOLE[name]))), draw.draw(st.integers(0, 80))
-    content = draw.draw(
-        st.sampled_from([noise, WHOLE[name][:at] + noise + WHOLE[name][at + cut :]])
-    )
+    at = draw.draw(st.integers(0, len(WHOLE[name])))
+    cut = draw.draw(st.integers(0, 80))
+    spoiled = WHOLE[name][:at] + noise + WHOLE[name][at + cut :]
+    content = draw.draw(st.sampled_from([noise, spoiled]))
     try:
         parsed = parse(content, name)
     except InputError as error:

@@ -1,4 +1,7 @@
-"""Ranks and micro-batches change nothing: gradients, q and training curves of real gloo processes against one process."""
+"""Ranks and micro-batches change nothing.
+
+Gradients, q and training curves of real gloo processes against those of one process.
+"""
 
 import json
 import os
@@ -11,7 +14,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command, random_prompts, random_windows, small_model, start
+from conftest import (
+    ROOT,
+    command,
+    json_lines,
+    random_prompts,
+    random_windows,
+    small_model,
+    start,
+)
 
 import gdrt
 from data import build_trees
@@ -26,9 +37,13 @@ OBJECTIVES = {
 
 
 def world():
-    """(model, prompts, trees, group table): uneven trees; group 3 is in the first tree alone, group 2 in the second alone."""
+    """(model, prompts, trees, group table): uneven trees.
+
+    Group 3 is in the first tree alone, group 2 in the second alone.
+    """
     torch.manual_seed(0)
-    model, prompts = small_model(seed=1, scale=0.2), random_prompts(0, n=60)
+    model = small_model(seed=1, scale=0.2)
+    prompts = random_prompts(0, n=60)
     trees = build_trees(prompts, random_windows(60, seed=3, users=7))
     group = torch.randint(0, 2, prompts.trie.path.shape, generator=torch.Generator().manual_seed(5))
     targets = [set(tree.item.tolist()) for tree in trees]
@@ -71,11 +86,15 @@ def gradients(job, trees):
 
 
 def curves(job):
-    """{objective: (lines of six updates, weights after them)}, the last update on a tree that only rank 0 gets."""
+    """{objective: (lines of six updates, weights after them)}.
+
+    The last update is on a tree that only rank 0 gets.
+    """
     found = {}
     for name, objective in OBJECTIVES.items():
         model, prompts, trees, group = world()
-        updates, lines = [[0, 1, 2, 3], [4, 5, 6], [2, 0, 1], [3, 4], [6, 5, 1, 0], [2]], []
+        updates = [[0, 1, 2, 3], [4, 5, 6], [2, 0, 1], [3, 4], [6, 5, 1, 0], [2]]
+        lines = []
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         log_q = torch.full((K,), 0.25).log()
         for update in updates:
@@ -209,7 +228,7 @@ def test_training_curves_are_those_of_one_pass(cases, setting, name):
 
 
 def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
-    """The reference of the tests above is itself right: update() against backward through gdrt_loss."""
+    """The reference of the tests above is itself right: against backward through gdrt_loss."""
     model, prompts, trees, group = world()
     batch = gdrt.collate(trees)
     nll = torch.nn.functional.cross_entropy(
@@ -224,13 +243,11 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
     assert line["q"] == pytest.approx(q.tolist(), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# ---------------------------------------------------------------- the command
 
 
 def lines_of(folder, stage):
-    return [
-        json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
-    ]
+    return json_lines(folder / stage / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +288,8 @@ def test_torchrun_trains_what_one_process_trains(one):
         str(p.relative_to(folder / "two")) for p in (folder / "two").rglob("*")
     ) == sorted(str(p.relative_to(folder / "one")) for p in (folder / "one").rglob("*"))
     for stage in "warmup", "sft", "gdrt", "group-dro":
-        one, two = lines_of(folder / "one", stage), lines_of(folder / "two", stage)
-        for a, b in zip(one, two, strict=True):
+        stages = (lines_of(folder / name, stage) for name in ("one", "two"))
+        for a, b in zip(*stages, strict=True):
             assert a["step"] == b["step"] and a["n"] == b["n"]
             for key in "loss", "nll", "group_nll", "q":
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (stage, a["step"], key)
@@ -297,7 +314,7 @@ def test_ranks_wait_as_long_as_an_evaluation_takes():
 
 
 def test_an_error_on_rank_0_does_not_hang_the_others(one):
-    """Without torchrun, which would end them all: rank 0 alone sees that the run is there already."""
+    """Without torchrun, which would end them all: rank 0 alone sees that the run is there."""
     flags, folder = one
     codes = on_ranks(2, command, lambda rank: ([*flags, "--name", "one"], folder / f"log{rank}"))
     assert codes[0] == 2 and codes[1] != 0
@@ -331,7 +348,8 @@ def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
 
 
 def press_on_rank_1(number):
-    original, calls = gdrt.training_step, []
+    original = gdrt.training_step
+    calls = []
 
     def pressed(*args, **more):
         calls.append(1)

@@ -12,8 +12,10 @@ from conftest import (
     prompt_of,
     random_prompts,
     random_windows,
+    score,
     separate_logits,
     small_model,
+    target_tokens,
 )
 from transformers import AutoModelForCausalLM
 
@@ -45,17 +47,11 @@ def world(users=5, seed=0):
 
 def by_hand(model, prompts, window):
     """(full, legal) NLL (L,) of the target's tokens, EOS included, on the separate prompt."""
-    labels, legal = (
-        prompts.titles[window.items[window.stop]] + [prompts.eos],
-        continuations(prompts),
-    )
+    labels = target_tokens(prompts, window)
     with torch.no_grad():
         logits = separate_logits(model, prompts, window).double()
-    full = [float(z.logsumexp(0) - z[y]) for z, y in zip(logits, labels)]
-    return full, [
-        float(z[legal[tuple(labels[:j])]].logsumexp(0) - z[y])
-        for j, (z, y) in enumerate(zip(logits, labels))
-    ]
+    full = -score(logits, labels)
+    return full.tolist(), (-score(logits, labels, continuations(prompts))).tolist()
 
 
 # ---------------------------------------------------------------- held-out likelihood
@@ -67,7 +63,9 @@ def test_nlls_are_those_of_separate_prompts():
     metrics, per_window, ranking = evaluate.evaluate_model(
         model, prompts, dataset, windows, group, 4
     )
-    full, legal, groups = [], [], {g: [] for g in range(4)}
+    full = []
+    legal = []
+    groups = {g: [] for g in range(4)}
     for window in windows:
         tokens = by_hand(model, prompts, window)
         full.append(sum(tokens[0]))
@@ -99,9 +97,11 @@ def attribution_by_hand(model, prompts, window, points=None):
     By ablation, or by one backward a token at the path's midpoints.
     """
     labels = prompts.titles[window.items[window.stop]] + [prompts.eos]
-    prompt, weight = prompt_of(prompts, window), model.get_input_embeddings().weight.detach()
+    prompt = prompt_of(prompts, window)
+    weight = model.get_input_embeddings().weight.detach()
     E = weight[torch.tensor(prompt + labels[:-1])]  # (T, D)
-    first, last = len(prompts.bos + prompts.task), len(prompt) - len(prompts.marker)
+    first = len(prompts.bos + prompts.task)
+    last = len(prompt) - len(prompts.marker)
     user = torch.zeros(len(E), 1)
     user[first:last] = 1
     aux = 1 - user
@@ -136,13 +136,12 @@ def test_auxiliary_shares_by_hand():
         tokens = []  # (step, group, |A_aux|, |A_user|)
         for window in windows[:: 5 if method == "gradient" else 1]:
             A = attribution_by_hand(model, prompts, window, points)
-            tokens += [
-                (j, group[window.items[window.stop], j], abs(a), abs(u))
-                for j, (a, u) in enumerate(zip(A["aux"], A["user"]))
-            ]
+            for j, (a, u) in enumerate(zip(A["aux"], A["user"])):
+                tokens.append((j, group[window.items[window.stop], j], abs(a), abs(u)))
 
         def share(some):
-            aux, user = (sum(token[i] for token in tokens if some(token)) for i in (2, 3))
+            aux = sum(token[2] for token in tokens if some(token))
+            user = sum(token[3] for token in tokens if some(token))
             return pytest.approx(aux / (aux + user), rel=1e-3) if aux + user else None
 
         assert found[method]["auxiliary share"] == share(lambda token: True)
@@ -162,13 +161,9 @@ def test_the_audit_reads_a_sample(monkeypatch):
     model, prompts, windows, _ = world(users=3)
     monkeypatch.setattr(evaluate, "AUDITED", 5)
     chosen = sorted(np.random.default_rng(0).permutation(len(windows))[:5].tolist())
-    sampled, alone = (
-        evaluate.audit(model, prompts, some, None, 0, ndcg)
-        for some, ndcg in (
-            (windows, np.arange(12.0)),
-            ([windows[i] for i in chosen], np.array(chosen, dtype=float)),
-        )
-    )
+    sampled = evaluate.audit(model, prompts, windows, None, 0, np.arange(12.0))
+    some = [windows[i] for i in chosen]
+    alone = evaluate.audit(model, prompts, some, None, 0, np.array(chosen, dtype=float))
     assert sampled == alone and sampled["windows"] == 5 and "by group" not in sampled["ablation"]
 
 
@@ -205,7 +200,8 @@ def test_what_shuffled_histories_lose():
     ]
     total = 0.0
     for window, mixed in zip(windows, evaluate.shuffle_histories(windows, 0)):
-        target, scores = window.items[window.stop], {}
+        target = window.items[window.stop]
+        scores = {}
         for item in set(range(len(prompts.titles))) - set(window.items[: window.stop]):
             scores[item] = -sum(
                 by_hand(model, prompts, mixed._replace(items=mixed.items[: mixed.stop] + (item,)))[
@@ -254,10 +250,8 @@ def test_recomputed_metrics_equal_those_of_training(runs, capsys):
     out = capsys.readouterr().out
     for loss in "sft", "gdrt":
         assert f"{runs / 'zero' / loss}: metrics equal those that training wrote" in out
-        written, found = (
-            json.loads((runs / "zero" / loss / "metrics.json").read_text())["test"],
-            evaluate.evaluate_run(runs / "zero" / loss),
-        )
+        written = json.loads((runs / "zero" / loss / "metrics.json").read_text())["test"]
+        found = evaluate.evaluate_run(runs / "zero" / loss)
         assert (
             found["moved"] == {}
             and found["part"] == "test"
@@ -309,19 +303,18 @@ def test_seeds_are_pooled_and_named(runs, capsys):
     evaluate.main([str(runs / "zero"), str(runs / "one")])
     out = capsys.readouterr().out
     assert "sft seeds 0,1" in out and "gdrt seeds 0,1 less sft seeds 0,1" in out
-    written = [
-        [
-            json.loads((runs / run / loss / "metrics.json").read_text())["test"]
-            for run in ("zero", "one")
-        ]
-        for loss in ("sft", "gdrt")
-    ]
     rows = table_of(out)
+
+    def mean(loss, metric):
+        paths = [runs / run / loss / "metrics.json" for run in ("zero", "one")]
+        return np.mean([json.loads(path.read_text())["test"][metric] for path in paths])
+
     for metric in "NDCG@10", "MGU@10", "NLL":
         (value, low, high), _, (difference, below, above) = rows[metric]
-        means = [np.mean([run[metric] for run in pool]) for pool in written]
-        assert value == pytest.approx(means[0], abs=6e-5) and low <= high
-        assert difference == pytest.approx(means[1] - means[0], abs=6e-5) and below <= above
+        sft = mean("sft", metric)
+        assert value == pytest.approx(sft, abs=6e-5) and low <= high
+        ahead = mean("gdrt", metric) - sft
+        assert difference == pytest.approx(ahead, abs=6e-5) and below <= above
 
 
 def test_predictions_beside_a_run(runs, capsys, tmp_path):

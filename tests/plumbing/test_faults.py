@@ -1,4 +1,4 @@
-"""What goes wrong ends in one sentence and exit code 2, and nothing that was written before is lost."""
+"""What goes wrong ends in one sentence and exit code 2, and nothing that was written is lost."""
 
 import ast
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, contents, write_folder
+from conftest import ROOT, contents, json_lines, write_folder
 
 import data
 import gdrt
@@ -30,12 +30,12 @@ def whole(small, tmp_path_factory):
     return flags, contents(folder / "run")
 
 
-# ------------------------------------------------------------------------------------------------ the disk is full
+# ---------------------------------------------------------------- the disk is full
 
 
 @contextlib.contextmanager
 def full_disk(module, part):
-    """Files that `module` opens for writing and that have `part` in their names take nothing: a real ENOSPC."""
+    """A real ENOSPC for all that `module` writes to files with `part` in their names."""
 
     def opener(path, mode="r", **more):
         return open("/dev/full" if part in str(path) and mode[0] in "wa" else path, mode, **more)
@@ -62,18 +62,20 @@ def full_disk(module, part):
 def test_a_full_disk_costs_nothing_that_was_there(whole, tmp_path, fails, module, part):
     flags, expected = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    # /dev/full takes no fsync either, which is all that an empty log asks of it.
+    sentence = "(No space left on device|Invalid argument); "
+    sentence += "what was written before is whole: mend it and add --resume"
     with full_disk(module, part):
-        sentence = "(No space left on device|Invalid argument); what was written before is whole: mend it and add --resume"
-        assert re.search(
-            sentence, fails(flags)
-        )  # /dev/full takes no fsync either, which is all that an empty log asks of it
+        assert re.search(sentence, fails(flags))
     gdrt.main([*flags, *(["--resume"] if (tmp_path / "run" / "config.json").exists() else [])])
     assert contents(tmp_path / "run") == expected
 
 
 def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, fails, monkeypatch):
     flags, expected = whole
-    flags, saves, save = [*flags, "--out", str(tmp_path), "--name", "run"], [], torch.save
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    saves = []
+    save = torch.save
 
     def half(state, file):
         saves.append(state["step"])
@@ -85,10 +87,8 @@ def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, 
     monkeypatch.setattr(torch, "save", half)
     assert "No space left" in fails(flags)
     monkeypatch.undo()
-    assert (
-        torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)["step"]
-        == saves[1]
-    )
+    kept = torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == saves[1]
     assert not list(tmp_path.rglob(".*")), "half a file is left"
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
@@ -96,7 +96,7 @@ def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, 
 
 @contextlib.contextmanager
 def small_files(size):
-    """Writing beyond `size` bytes of any file fails, in Python, in torch and in safetensors alike."""
+    """Writing beyond `size` bytes of any file fails, in Python, torch and safetensors alike."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -116,7 +116,7 @@ def test_a_limit_on_file_size_costs_nothing_that_was_there(whole, tmp_path, fail
     assert contents(tmp_path / "run") == expected
 
 
-# ------------------------------------------------------------------------------------------------ damaged runs
+# ---------------------------------------------------------------- damaged runs
 
 
 class Evil:
@@ -124,28 +124,24 @@ class Evil:
         return os.mkdir, ("evil",)
 
 
-def another_format(content, path):
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"format": 99}, path)
+def change(path, **entries):
+    """Give a checkpoint other entries."""
+    torch.save(torch.load(path, weights_only=True) | entries, path)
+
+
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 DAMAGE = {
-    "another format": (another_format, "checkpoint format 99 where 2 belongs"),
-    "cut": (
-        lambda content, path: path.write_bytes(content[: len(content) // 2]),
-        "not a checkpoint of this run",
-    ),
-    "empty": (lambda content, path: path.write_bytes(b""), "not a checkpoint of this run"),
-    "text": (lambda content, path: path.write_text("hello\n"), "not a checkpoint of this run"),
-    "a list": (lambda content, path: torch.save([1], path), "not a checkpoint of this run"),
-    "another model": (
-        lambda content, path: torch.save(torch.load(path, weights_only=True) | {"model": {}}, path),
-        "not a checkpoint of this run",
-    ),
-    "code": (
-        lambda content, path: path.write_bytes(pickle.dumps(Evil())),
-        "not a checkpoint of this run",
-    ),
+    "another format": lambda path: change(path, format=99),
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello\n"),
+    "a list": lambda path: torch.save([1], path),
+    "another model": lambda path: change(path, model={}),
+    "code": lambda path: path.write_bytes(pickle.dumps(Evil())),
 }
 
 
@@ -156,16 +152,14 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(whole, tmp_path, fails, 
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     gdrt.main(flags)
     path = tmp_path / "run" / "gdrt" / "checkpoint.pt"
-    damage, words = DAMAGE[how]
-    damage(path.read_bytes(), path)
+    DAMAGE[how](path)
     damaged = path.read_bytes()
     error = fails([*flags, "--resume"])
-    assert (
-        words in error
-        and str(path) in error
-        and path.read_bytes() == damaged
-        and not Path("evil").exists()
-    )
+    other_format = "checkpoint format 99 where 2 belongs"
+    assert (other_format if how == "another format" else "not a checkpoint of this run") in error
+    assert str(path) in error
+    assert path.read_bytes() == damaged
+    assert not Path("evil").exists()
     path.unlink()  # as the sentence says
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
@@ -187,30 +181,29 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
         assert f"{path}: not whole JSON" in fails([*flags, "--resume"])
 
 
-# ------------------------------------------------------------------------------------------------ training that fails
+# ---------------------------------------------------------------- training that fails
 
 
 def test_nan_stops_with_step_and_batch_and_keeps_the_last_checkpoint(
     whole, tmp_path, fails, monkeypatch
 ):
     flags, expected = whole
-    flags, calls, original = [*flags, "--out", str(tmp_path), "--name", "run"], [], gdrt.token_nll
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    calls = []
+    original = gdrt.token_nll
 
     def token_nll(*args):
         calls.append(1)
         return original(*args) * (float("nan") if len(calls) == 6 else 1)
 
     monkeypatch.setattr(gdrt, "token_nll", token_nll)
-    error = fails(flags)
-    assert re.search(
-        r"update 5: loss nan with gradient norm nan on the batch of trees \d+, .*; the last checkpoint is kept; lower --lr",
-        error,
-    )
+    sentence = r"update 5: loss nan with gradient norm nan on the batch of trees \d+, .*; "
+    sentence += "the last checkpoint is kept; lower --lr"
+    assert re.search(sentence, fails(flags))
     monkeypatch.undo()
     state = torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)
-    assert state["step"] in (4, 5) and all(
-        torch.isfinite(weight).all() for weight in state["model"].values()
-    )
+    assert state["step"] in (4, 5)
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
     gdrt.main([*flags, "--resume"])
     assert contents(tmp_path / "run") == expected
 
@@ -228,76 +221,34 @@ def test_memory_that_does_not_suffice_is_said(whole, tmp_path, fails, monkeypatc
     assert "raise --accumulate" in fails([*whole[0], "--out", tmp_path])
 
 
-# ------------------------------------------------------------------------------------------------ datasets at the edge
+# ---------------------------------------------------------------- datasets at the edge
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def run_on(folder, small, tmp_path, flags=""):
+    """The folder of the loss after a run of GDRT alone on `folder`."""
+    usual = f"--dataset {folder} --out {tmp_path} --name run --loss gdrt"
+    gdrt.main([*small, *usual.split(), *flags.split()])
+    return tmp_path / "run" / "gdrt"
 
 
 def test_fewer_titles_than_places_in_the_list(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=8, items=8)
-    gdrt.main(
-        [
-            *small,
-            "--dataset",
-            str(folder),
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--keep-seen",
-            "--loss",
-            "gdrt",
-        ]
-    )
-    predictions = lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")
+    done = run_on(folder, small, tmp_path, "--keep-seen")
+    predictions = json_lines(done / "predictions.jsonl")
     assert {len(line["titles"]) for line in predictions} == {8}
-    assert (
-        json.loads((tmp_path / "run" / "gdrt" / "metrics.json").read_text())["test"]["HR@10"] == 1
-    )
+    assert json.loads((done / "metrics.json").read_text())["test"]["HR@10"] == 1
 
 
 def test_all_titles_but_the_target_seen(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=8, items=8)
-    gdrt.main(
-        [
-            *small,
-            "--dataset",
-            str(folder),
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--loss",
-            "gdrt",
-        ]
-    )
-    assert {
-        len(line["titles"]) for line in lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")
-    } == {1}
+    predictions = json_lines(run_on(folder, small, tmp_path) / "predictions.jsonl")
+    assert {len(line["titles"]) for line in predictions} == {1}
 
 
 def test_one_user(small, tmp_path):
     folder = write_folder(tmp_path / "films", users=1)
-    gdrt.main(
-        [
-            *small,
-            "--dataset",
-            str(folder),
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--batch",
-            "1",
-            "--groups",
-            "2",
-            "--loss",
-            "gdrt",
-        ]
-    )
-    assert len(lines_of(tmp_path / "run" / "gdrt" / "predictions.jsonl")) == 1
+    done = run_on(folder, small, tmp_path, "--batch 1 --groups 2")
+    assert len(json_lines(done / "predictions.jsonl")) == 1
 
 
 def test_one_item(small, tmp_path, fails):
@@ -307,36 +258,18 @@ def test_one_item(small, tmp_path, fails):
 
 @pytest.mark.parametrize("loss", ["gdrt", "group-dro"])
 def test_groups_that_are_not_in_every_batch(small, tmp_path, loss):
-    gdrt.main(
-        [
-            *small,
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--batch",
-            "1",
-            "--epochs",
-            "1",
-            "--windows",
-            "20",
-            "--groups",
-            "6",
-            "--loss",
-            loss,
-            "--no-test",
-        ]
-    )
-    lines = lines_of(tmp_path / "run" / loss / "metrics.jsonl")
+    flags = f"--out {tmp_path} --name run --loss {loss} --no-test"
+    flags += " --batch 1 --epochs 1 --windows 20 --groups 6"
+    gdrt.main([*small, *flags.split()])
+    lines = json_lines(tmp_path / "run" / loss / "metrics.jsonl")
     assert any(0 in line["n"] for line in lines)
     for line in lines:
         absent = [q for q, n in zip(line["q"], line["n"]) if n == 0]
-        assert sum(line["q"]) == pytest.approx(1) and (
-            not any(absent) if loss == "gdrt" else all(absent)
-        )
+        assert sum(line["q"]) == pytest.approx(1)
+        assert not any(absent) if loss == "gdrt" else all(absent)
 
 
-# ------------------------------------------------------------------------------------------------ flags
+# ---------------------------------------------------------------- flags
 
 BAD = [
     ("--groups 100000", "tokens; use fewer groups"),
@@ -400,7 +333,32 @@ def test_an_output_folder_that_cannot_be_made(small, tmp_path, fails):
     assert "Not a directory" in fails([*small, "--out", tmp_path / "file" / "out"])
 
 
-# ------------------------------------------------------------------------------------------------ what the code never does
+# ---------------------------------------------------------------- what the code never does
+
+RUNS_CODE = (
+    r"^(pickle|marshal|shelve|dill|joblib)\.",
+    r"^(eval|exec|compile|__import__)$",
+    r"\.(load_pickle|read_pickle)$",
+    r"^os\.(system|popen|spawn\w*|exec\w*)$|getoutput$",
+)
+
+
+def dangers_of_call(node):
+    """What a call does that it must not."""
+    name = ast.unparse(node.func)
+    words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+    if name.endswith("torch.load") and words.get("weights_only") != "True":
+        yield "torch.load without weights_only=True"
+    if any(re.search(pattern, name) for pattern in RUNS_CODE):
+        yield name
+    if {"trust_remote_code", "allow_pickle"} & set(words) or words.get("shell", "False") != "False":
+        yield ast.unparse(node)
+    if re.search(r"^subprocess\.(run|Popen|call|check\w*)$", name):
+        if not isinstance(node.args[0], (ast.List, ast.Name)):
+            yield "a command that is not a list"
+    for word in ("verify", "context"):
+        if words.get(word) in ("False", "None"):
+            yield "a connection that is not checked"
 
 
 def dangers(source):
@@ -408,41 +366,10 @@ def dangers(source):
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
-            name, words = (
-                ast.unparse(node.func),
-                {word.arg: ast.unparse(word.value) for word in node.keywords},
-            )
-            if name.endswith("torch.load") and words.get("weights_only") != "True":
-                found.append((node.lineno, "torch.load without weights_only=True"))
-            if re.search(
-                r"^(pickle|marshal|shelve|dill|joblib)\.|^(eval|exec|compile|__import__)$|\.(load_pickle|read_pickle)$",
-                name,
-            ):
-                found.append((node.lineno, name))
-            if (
-                "trust_remote_code" in words
-                or words.get("shell", "False") != "False"
-                or "allow_pickle" in words
-            ):
-                found.append((node.lineno, ast.unparse(node)))
-            if re.search(r"^os\.(system|popen|spawn\w*|exec\w*)$|getoutput$", name):
-                found.append((node.lineno, name))
-            if re.search(r"^subprocess\.(run|Popen|call|check\w*)$", name) and not isinstance(
-                node.args[0], (ast.List, ast.Name)
-            ):
-                found.append((node.lineno, "a command that is not a list"))
-        if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and re.search(r"\b(http|ftp)://", node.value)
-        ):
-            found.append((node.lineno, node.value))
-        if (
-            isinstance(node, ast.keyword)
-            and node.arg in ("verify", "context")
-            and ast.unparse(node.value) in ("False", "None")
-        ):
-            found.append((node.value.lineno, "a connection that is not checked"))
+            found += [(node.lineno, danger) for danger in dangers_of_call(node)]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.search(r"\b(http|ftp)://", node.value):
+                found.append((node.lineno, node.value))
     return found
 
 
@@ -464,6 +391,7 @@ def test_no_pickles_no_remote_code_no_shell_https_only(name):
         "X.from_pretrained(n, trust_remote_code=True)",
         "a = 'http://x.org'",
         "np.load(f, allow_pickle=True)",
+        "requests.get(url, verify=False)",
     ],
 )
 def test_the_check_above_sees(line):
@@ -481,6 +409,7 @@ def listing(folder):
 
 
 def writes_nothing_else(flags, tmp_path):
+    """Run gdrt.py in empty folders -> what it printed; it may write to --out and --cache alone."""
     places = [tmp_path / name for name in ("home", "tmp", "cwd", "out", "cache")]
     for place in places:
         place.mkdir()
@@ -498,17 +427,9 @@ def writes_nothing_else(flags, tmp_path):
         if not name.startswith(("HF_", "XDG_", "MPL", "TORCH"))
     }
     before = listing(ROOT)
+    script = [sys.executable, "-B", ROOT / "gdrt.py"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-B",
-            str(ROOT / "gdrt.py"),
-            *flags,
-            "--out",
-            str(out),
-            "--cache",
-            str(cache),
-        ],
+        [*script, *flags, "--out", out, "--cache", cache],
         cwd=cwd,
         text=True,
         capture_output=True,
@@ -516,12 +437,10 @@ def writes_nothing_else(flags, tmp_path):
         env=kept | hidden | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert [
-        str(path)
-        for place in (home, temporary, cwd)
-        for path in place.rglob("*")
-        if not path.name.startswith("torchinductor_")
-    ] == []  # torch's own empty folder, made in TMPDIR when it is imported
+    left = []
+    for place in (home, temporary, cwd):
+        left += [path for path in place.rglob("*") if not path.name.startswith("torchinductor_")]
+    assert left == []  # but torch's own empty folder, made in TMPDIR when it is imported
     assert listing(ROOT) == before and any(out.rglob("report.html"))
     return done
 

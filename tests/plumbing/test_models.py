@@ -280,8 +280,8 @@ def test_odd_titles_survive_the_whole_way(small, tmp_path):
 
 def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
     """A model with few positions reads the latest titles that fit; the rest is counted."""
-    dataset, source = load_dataset(small[1], min_rating=3), small[3]
-    model, tokenizer = load_model(source)
+    dataset = load_dataset(small[1], min_rating=3)
+    model, tokenizer = load_model(small[3])
     prompts = make_prompts(dataset, tokenizer, positions(model))
     longest = len(prompts.bos + prompts.task + prompts.marker) + max(map(len, prompts.titles)) + 30
     small_model("gpt2", len(tokenizer), places=longest).save_pretrained(tmp_path / "model")
@@ -302,11 +302,10 @@ def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
     )
     short = make_prompts(dataset, tokenizer, longest)
     trees = build_trees(short, dataset.train + dataset.valid + dataset.test, pack=False)
-    titles, windows = sum(tree.dropped for tree in trees), sum(tree.dropped > 0 for tree in trees)
-    assert (
-        windows
-        and f"{titles} titles of {windows} histories are left out" in capsys.readouterr().err
-    )
+    titles = sum(tree.dropped for tree in trees)
+    windows = sum(tree.dropped > 0 for tree in trees)
+    said = f"{titles} titles of {windows} histories are left out"
+    assert windows and said in capsys.readouterr().err
 
 
 # ------------------------------------------------ GPU
@@ -346,7 +345,9 @@ def test_a_run_on_the_gpu(small, tmp_path, precision):
 @needs_gpu
 @pytest.mark.parametrize("softmax", ["trie", "full"])
 def test_the_gpu_ranks_as_the_cpu_does(softmax):
-    prompts, model, windows = random_prompts(4, 30), small_model(), random_windows(30, 0)
+    prompts = random_prompts(4, 30)
+    model = small_model()
+    windows = random_windows(30, 0)
     ours = rank(model, prompts, windows, 10, softmax)
     theirs = rank(model.cuda(), prompts, windows, 10, softmax, device="cuda")
     assert theirs.scores == pytest.approx(ours.scores, abs=1e-3)

@@ -17,14 +17,12 @@ from data import InputError
 
 EVIL = "<script>alert(1)</script> & \"Sons' (1999)"
 LOSSES = ["sft", "gdrt"]
+SECTIONS = "results training groups attribution exposure users heat-map settings".split()
 
 
 def metrics_of(source, K):
     """What list_metrics and evaluate_model give, with made-up numbers."""
-    names = [
-        f"{kind}{name}@{k}" for kind in ("", "genre ") for name in ("MGU", "DGU") for k in (5, 10)
-    ]
-    names += [f"{name}@{k}" for name in ("HR", "NDCG", "MRR", "coverage") for k in (5, 10)]
+    names = ["MGU", "DGU", "genre MGU", "genre DGU", "HR", "NDCG", "MRR", "coverage"]
     third = {
         name: {"n": 4, "from": i, "to": i + 1, "NDCG@10": source.random()}
         for i, name in enumerate(("tail", "middle", "head"))
@@ -33,8 +31,11 @@ def metrics_of(source, K):
         "groups": ["1 least popular", "2", "3", "4", "5 most popular"],
         "GH": [0.02, 0.05, 0.1, 0.23, 0.6],
     }
-    exposure |= {f"GP@{k}": source.dirichlet([1, 2, 3, 5, 9]).tolist() for k in (5, 10)}
-    return {name: source.random() for name in names} | {
+    metrics = {}
+    for k in (5, 10):
+        exposure[f"GP@{k}"] = source.dirichlet([1, 2, 3, 5, 9]).tolist()
+        metrics |= {f"{name}@{k}": source.random() for name in names}
+    return metrics | {
         "exposure": exposure,
         "genre exposure": exposure,
         "by user activity": third,
@@ -47,6 +48,8 @@ def metrics_of(source, K):
 
 
 def audit_of(source, K):
+    """What `audit` gives, with made-up numbers."""
+
     def method():
         return {
             "auxiliary share": source.random(),
@@ -64,106 +67,73 @@ def audit_of(source, K):
     }
 
 
+def update_line(i, steps, q, source):
+    """A line of metrics.jsonl: the losses fall, every group's in parallel."""
+    fall = 1 + 2 * np.exp(-3 * i / steps)
+    K = len(q)
+    return {
+        "step": i,
+        "loss": fall * 1.2,
+        "nll": fall,
+        "group_nll": (fall * (1.6 - 0.4 * np.arange(K)) + 0.1 * source.random(K)).tolist(),
+        "q": q.tolist(),
+        "n": [9] * K,
+        "grad_norm": 1.0,
+        "lr": 0.1,
+        "seconds": 1.0,
+        "windows_per_s": 100.0,
+    }
+
+
+def prediction_line(i, titles, source):
+    """A line of predictions.jsonl: the target of user i is title i."""
+    return {
+        "user": str(i),
+        "position": 8,
+        "history": [titles[j] for j in source.permutation(40)[:8]],
+        "target": titles[i],
+        "titles": [titles[j] for j in source.permutation(40)[:10]],
+        "scores": (-np.arange(10.0)).tolist(),
+        "NLL": 9.0,
+        "legal NLL": 7.0,
+    }
+
+
+def write_settings(folder, n, K):
+    """The files of a run that no loss owns."""
+    arguments = {"dataset": EVIL, "split": "leave-one-out", "model": "tiny", "seed": 0}
+    arguments |= {"loss": LOSSES, "groups": K, "tau": 1.0, "windows": None}
+    config = {"arguments": arguments, "data": "abc", "commit": "c0ffee"}
+    config |= {"versions": {"torch": "2"}, "machine": {"cores": 2}}
+    config["facts"] = {"items": 40} | {f"{part} windows": n for part in ("train", "valid", "test")}
+    write(folder / "config.json", config)
+    groups = {"relevance": "gradient", "cuts": [0.0, 0.3, 0.6, 0.9][:K], "shares": [1 / K] * K}
+    write(folder / "groups.json", groups | {"seconds": 1.0, "r": [], "group": []})
+
+
 def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
     """A run folder as gdrt.py leaves it, but for models and checkpoints."""
     source = np.random.default_rng(0)
     titles = [title] + [f"Film {i} (19{i:02})" for i in range(1, 40)]
-    stats = {"items": 40, **{f"{part} windows": n for part in ("train", "valid", "test")}}
-    arguments = {
-        "dataset": EVIL,
-        "split": "leave-one-out",
-        "model": "tiny",
-        "seed": 0,
-        "loss": LOSSES,
-        "groups": K,
-        "tau": 1.0,
-        "windows": None,
-    }
-    write(
-        folder / "config.json",
-        {
-            "arguments": arguments,
-            "data": "abc",
-            "facts": stats,
-            "versions": {"torch": "2"},
-            "machine": {"cores": 2},
-            "commit": "c0ffee",
-        },
-    )
-    write(
-        folder / "groups.json",
-        {
-            "relevance": "gradient",
-            "cuts": [0.0, 0.3, 0.6, 0.9][:K],
-            "shares": [1 / K] * K,
-            "seconds": 1.0,
-            "r": [],
-            "group": [],
-        },
-    )
-    baselines = {
-        name: {part: metrics_of(source, K) for part in parts} for name in ("before", "popularity")
-    }
+    write_settings(folder, n, K)
+    baselines = {}
+    for name in ("before", "popularity"):
+        baselines[name] = {part: metrics_of(source, K) for part in parts}
     before = audit_of(source, K)
     for loss in LOSSES:
-        audit = (
-            {"before": before, "after": audit_of(source, K)}
-            if "test" in parts
-            else {"before": None, "after": None}
-        )
-        write(
-            folder / loss / "metrics.json",
-            {part: metrics_of(source, K) for part in parts}
-            | {
-                "baselines": baselines,
-                "audit": audit,
-                "time": {"warm-up": 9.0, "train": 40.0, "relevance": 5.0, "evaluate": 20.0},
-                "config": {},
-            },
-        )
-        fall = 1 + 2 * np.exp(-np.arange(steps) / steps * 3)
-        q = (
-            np.array([[1 / K] * K] * steps)
-            if loss == "sft"
-            else source.dirichlet([8, 5, 3, 2][:K], steps)
-        )
-        lines(
-            folder / loss / "metrics.jsonl",
-            [
-                {
-                    "step": i,
-                    "loss": fall[i] * 1.2,
-                    "nll": fall[i],
-                    "group_nll": [
-                        fall[i] * (1.6 - 0.4 * g) + 0.1 * source.random() for g in range(K)
-                    ],
-                    "q": q[i].tolist(),
-                    "n": [9] * K,
-                    "grad_norm": 1.0,
-                    "lr": 0.1,
-                    "seconds": 1.0,
-                    "windows_per_s": 100.0,
-                }
-                for i in range(steps)
-            ],
-        )
+        metrics = {part: metrics_of(source, K) for part in parts}
+        metrics |= {"baselines": baselines, "audit": {"before": None, "after": None}, "config": {}}
+        metrics["time"] = {"warm-up": 9.0, "train": 40.0, "relevance": 5.0, "evaluate": 20.0}
+        q = source.dirichlet([8, 5, 3, 2][:K], steps)
+        if loss == "sft":
+            q[:] = 1 / K
+        updates = [update_line(i, steps, q[i], source) for i in range(steps)]
+        lines(folder / loss / "metrics.jsonl", updates)
         if "test" in parts:
-            lines(
-                folder / loss / "predictions.jsonl",
-                [
-                    {
-                        "user": str(i),
-                        "position": 8,
-                        "history": [titles[j] for j in source.permutation(40)[:8]],
-                        "target": titles[i],
-                        "titles": [titles[j] for j in source.permutation(40)[:10]],
-                        "scores": (-np.arange(10.0)).tolist(),
-                        "NLL": 9.0,
-                        "legal NLL": 7.0,
-                    }
-                    for i in range(n)
-                ],
-            )
+            metrics["audit"] = {"before": before, "after": audit_of(source, K)}
+            predictions = [prediction_line(i, titles, source) for i in range(n)]
+            lines(folder / loss / "predictions.jsonl", predictions)
+        write(folder / loss / "metrics.json", metrics)
     write(folder / "gdrt" / "heatmap.json", heat_record())
     return folder
 
@@ -204,7 +174,10 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.text, self.open, self.wrong = [], [], [], []
+        self.tags = []
+        self.text = []
+        self.open = []
+        self.wrong = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -251,7 +224,7 @@ def without_matplotlib(monkeypatch):
 
 def test_the_method_does_not_need_the_pages():
     """Importing data, attribution or evaluate brings in no report, jinja2 or matplotlib."""
-    names = "report", "jinja2", "matplotlib"
+    names = ("report", "jinja2", "matplotlib")
     for module in ("data", "attribution", "evaluate"):
         tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
         for node in tree.body:
@@ -269,22 +242,10 @@ def test_report(tmp_path):
     text = path.read_text(encoding="utf-8")
     page = check(text)
     shown = "".join(page.text)
-    assert (
-        EVIL in shown
-        and escape(EVIL) in text
-        and "alert" not in "".join(tag for tag, _ in page.tags)
-    )
+    assert EVIL in shown and escape(EVIL) in text
+    assert "alert" not in "".join(tag for tag, _ in page.tags)
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert sections == [
-        "results",
-        "training",
-        "groups",
-        "attribution",
-        "exposure",
-        "users",
-        "heat-map",
-        "settings",
-    ]
+    assert sections == SECTIONS
     assert [a["href"][1:] for tag, a in page.tags if tag == "a"] == sections
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 and "pip install matplotlib" not in text
     result = json.loads((folder / "gdrt" / "metrics.json").read_text())
@@ -307,25 +268,16 @@ def test_report_without_matplotlib(tmp_path, without_matplotlib):
     page = check(text)
     assert not any(tag == "svg" for tag, _ in page.tags) and "pip install matplotlib" in text
     folds = [attributes for tag, attributes in page.tags if tag == "details"]
-    assert (
-        sum("open" in attributes for attributes in folds) == 3
-        and sum(tag == "table" for tag, _ in page.tags) >= 9
-    )
+    assert sum("open" in attributes for attributes in folds) == 3
+    assert sum(tag == "table" for tag, _ in page.tags) >= 9
 
 
 def test_report_of_validation_alone(tmp_path):
     """A run with --no-test has no test metrics, audit or predictions, nor their sections."""
-    text = report.write_report(make_run(tmp_path / "run", parts=("valid",))).read_text(
-        encoding="utf-8"
-    )
-    assert [a["id"] for tag, a in check(text).tags if tag == "section"] == [
-        "results",
-        "training",
-        "groups",
-        "exposure",
-        "heat-map",
-        "settings",
-    ]
+    path = report.write_report(make_run(tmp_path / "run", parts=("valid",)))
+    page = check(path.read_text(encoding="utf-8"))
+    found = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert found == [name for name in SECTIONS if name not in ("attribution", "users")]
 
 
 def test_report_of_what_is_finished(tmp_path):
@@ -350,28 +302,22 @@ def test_long_and_short_logs(tmp_path):
 def test_heatmap():
     page = check(report.PAGE.render(title=EVIL, record=heat_record()))
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]
-    assert (
-        "+1.2500 nats" in hover
-        and f"{EVIL}: +1.2500 nats" in hover
-        and "title prefix: -3.2500 nats" in hover
-    )
-    assert (
-        EVIL in page.text
-        and "<b>" in page.text
-        and "<i>" in page.text
-        and "gap to completeness 0.10% at 64 points" in "".join(page.text)
-    )
+    for words in ("+1.2500 nats", f"{EVIL}: +1.2500 nats", "title prefix: -3.2500 nats"):
+        assert words in hover
+    assert {EVIL, "<b>", "<i>"} <= set(page.text)
+    assert "gap to completeness 0.10% at 64 points" in "".join(page.text)
 
 
 def test_shade_is_centred_on_zero():
-    colour = lambda *args: [int(c) for c in re.findall(r"\d+", report.shade(*args))]  # noqa: E731
+    def colour(*args):
+        return [int(c) for c in re.findall(r"\d+", report.shade(*args))]
+
     assert colour(0, 2) == [255] * 3 and colour(1, 0) == [255] * 3
     for sign, full in (1, report.RAISES), (-1, report.LOWERS):
         assert tuple(colour(2 * sign, 2)) == tuple(colour(9 * sign, 2)) == full
         assert colour(sign, 2) == [round((255 + c) / 2) for c in full]
-    assert (
-        report.RAISES[2] > report.RAISES[0] and report.LOWERS[0] > report.LOWERS[2]
-    )  # blue up, orange down
+    # Blue raises, orange lowers.
+    assert report.RAISES[2] > report.RAISES[0] and report.LOWERS[0] > report.LOWERS[2]
 
 
 def test_dark_text_on_every_shade():
@@ -419,7 +365,5 @@ def test_whatever_a_run_holds_is_escaped(tmp_path):
 
 
 def test_format_table():
-    assert (
-        format_table(("name", "n"), [("a", 1), ("long name", 100)])
-        == "name         n\n--------------\na            1\nlong name  100"
-    )
+    text = format_table(("name", "n"), [("a", 1), ("long name", 100)])
+    assert text == "name         n\n--------------\na            1\nlong name  100"

@@ -1,4 +1,7 @@
-"""Runs that are killed or interrupted go on and end like one that was left alone. Real processes, real signals."""
+"""Runs that are killed or interrupted go on and end like one that was left alone.
+
+Real processes, real signals.
+"""
 
 import json
 import os
@@ -30,16 +33,17 @@ def finish(argv, log, *before):
 def whole(small, tmp_path_factory):
     """(flags, folder of a run that was left alone, seconds it took)."""
     folder = tmp_path_factory.mktemp("whole")
-    flags, began = [*small, *LOSSES], time.perf_counter()
-    assert finish([*flags, "--out", str(folder), "--name", "run"], folder / "log") == 0, (
-        folder / "log"
-    ).read_text()
+    flags = [*small, *LOSSES]
+    began = time.perf_counter()
+    code = finish([*flags, "--out", str(folder), "--name", "run"], folder / "log")
+    assert code == 0, (folder / "log").read_text()
     return flags, folder / "run", time.perf_counter() - began
 
 
 def assert_same(folder, whole):
-    """Weights, optimizer, q, losses, rankings, metrics, groups: every file of the two runs, but for times."""
-    found, expected = contents(folder), contents(whole)
+    """Every file of the two runs, but for times: weights, optimizer, q, lists, metrics, groups."""
+    found = contents(folder)
+    expected = contents(whole)
     assert list(found) == list(expected)
     assert [path for path in expected if found[path] != expected[path]] == []
 
@@ -59,14 +63,14 @@ def test_the_run_holds_what_the_comparison_is_about(whole):
     assert files["gdrt/checkpoint.pt"]["rng"] != files["warmup/checkpoint.pt"]["rng"], (
         "dropout draws: resuming must restore the generator"
     )
-    warm, rest = (len(files[f"{stage}/metrics.jsonl"]) for stage in ("warmup", "gdrt"))
-    assert [
-        line["step"] for line in files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]
-    ] == list(range(warm + rest))
+    warm = len(files["warmup/metrics.jsonl"])
+    rest = len(files["gdrt/metrics.jsonl"])
+    lines = files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]
+    assert [line["step"] for line in lines] == list(range(warm + rest))
     assert warm > 3 and rest > 3, "long enough to have checkpoints inside"
 
 
-# ------------------------------------------------------------------------------------------------ SIGKILL
+# ---------------------------------------------------------------- SIGKILL
 
 
 def die():
@@ -74,15 +78,20 @@ def die():
 
 
 def die_in(module, name, number, match=""):
-    """SIGKILL at the `number`th call of module.name, from 1, among those with `match` in an argument."""
-    module, calls = sys.modules[module], []
+    """SIGKILL at the `number`th call of module.name, from 1.
+
+    match: only calls with this in an argument count.
+    """
+    module = sys.modules[module]
+    calls = []
     original = getattr(module, name)
 
     def deadly(*args, **more):
         calls.extend([1] if match in " ".join(map(str, args)) else [])
         if len(calls) == number:
             if name == "save":  # half a checkpoint
-                args[1].write(b"PK\3\4 half"), args[1].flush()
+                args[1].write(b"PK\3\4 half")
+                args[1].flush()
             die()
         return original(*args, **more)
 
@@ -106,7 +115,10 @@ MOMENTS = {  # in the order in which one run meets them
 
 
 def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
-    """One run, killed and resumed again and again: each process goes on where the one before was killed."""
+    """One run, killed and resumed again and again.
+
+    Each process goes on where the one before was killed.
+    """
     flags, folder, _ = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     for moment, where in MOMENTS.items():
@@ -147,15 +159,15 @@ def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
     kill_at_random(whole, tmp_path, seed)
 
 
-# ------------------------------------------------------------------------------------------------ Ctrl-C
+# ---------------------------------------------------------------- Ctrl-C
 
 
 def press(name, number):
     """Ctrl-C at the `number`th call of gdrt.name, from 1."""
-    original, calls = getattr(gdrt, name), []
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell starts its background jobs with it ignored
+    original = getattr(gdrt, name)
+    calls = []
+    # A shell starts its background jobs with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def pressed(*args, **more):
         calls.append(1)
@@ -169,36 +181,20 @@ def press(name, number):
 @pytest.mark.parametrize("name, number", [("training_step", 3), ("audit", 2)])
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name, number):
     flags, folder, _ = whole
-    argv, log = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"], tmp_path / "log"
+    argv = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"]
+    log = tmp_path / "log"
     assert finish(argv, log, press, name, number) == 130
     words = log.read_text().splitlines()[-1]
-    assert (
-        words.startswith("interrupted; go on with: python gdrt.py --dataset")
-        and "Traceback" not in log.read_text()
-    )
+    assert words.startswith("interrupted; go on with: python gdrt.py --dataset")
+    assert "Traceback" not in log.read_text()
     if name == "training_step":  # --save-every is 2: this checkpoint is Ctrl-C's
-        assert (
-            torch.load(
-                tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt", weights_only=True
-            )["step"]
-            == 3
-        )
+        path = tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt"
+        assert torch.load(path, weights_only=True)["step"] == 3
     assert finish(shlex.split(words.split("gdrt.py ")[1]), log) == 0, log.read_text()
     assert_same(tmp_path / "a folder" / "run", folder)
 
 
-# ------------------------------------------------------------------------------------------------ what --resume refuses
-
-
-def refused(argv, capsys):
-    """The sentence with which gdrt.py ends, and nothing else, exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        gdrt.main(argv)
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
-
+# ---------------------------------------------------------------- what --resume refuses
 
 CHANGED = {
     "split": "time",
@@ -231,31 +227,28 @@ CHANGED = {
 }
 
 
-def test_a_changed_argument_is_refused_by_its_name(whole, capsys):
+def test_a_changed_argument_is_refused_by_its_name(whole, fails):
     flags, folder, _ = whole
-    argv, names = (
-        [*flags, "--out", str(folder.parent), "--name", "run", "--resume"],
-        vars(gdrt.parser().parse_args([])),
-    )
+    argv = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"]
+    names = vars(gdrt.parser().parse_args([]))
     before = contents(folder)
     assert set(CHANGED) == set(names) - set(gdrt.MAY_DIFFER), (
         "an argument that this test does not know"
     )
     for name, value in CHANGED.items():
         option = "--" + name.replace("_", "-")
-        assert f"--resume: {option} is " in refused(
-            [*argv, option, *([value] if value else [])], capsys
-        ), option
+        changed = [option, value] if value else [option]
+        assert f"--resume: {option} is " in fails([*argv, *changed]), option
     assert contents(folder) == before
 
 
-def test_changed_data_is_refused(whole, tmp_path, capsys):
+def test_changed_data_is_refused(whole, tmp_path, fails):
     flags, folder, _ = whole
     inter = next(iter(folder.parent.parent.glob("small*/films/small.inter")))
     text = inter.read_text()
     try:
         inter.write_text(text.rsplit("\n", 2)[0] + "\n")
-        error = refused([*flags, "--out", str(folder.parent), "--name", "run", "--resume"], capsys)
+        error = fails([*flags, "--out", folder.parent, "--name", "run", "--resume"])
     finally:
         inter.write_text(text)
     assert "the data of --dataset" in error and "has changed" in error
@@ -277,7 +270,7 @@ def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatc
     assert json.loads((folder / "config.json").read_text())["arguments"]["dataset"] == str(films)
 
 
-def test_changed_weights_of_the_start_are_refused(whole, capsys):
+def test_changed_weights_of_the_start_are_refused(whole, fails):
     flags, folder, _ = whole
     path = folder / "config.json"
     text = path.read_text()
@@ -285,20 +278,18 @@ def test_changed_weights_of_the_start_are_refused(whole, capsys):
     assert len(weights) == 64
     try:
         path.write_text(text.replace(weights, "0" * 64))
-        error = refused([*flags, "--out", str(folder.parent), "--name", "run", "--resume"], capsys)
+        error = fails([*flags, "--out", folder.parent, "--name", "run", "--resume"])
     finally:
         path.write_text(text)
     assert "the weights that this run starts from have changed" in error
 
 
-def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, capsys):
+def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, fails):
     flags, folder, _ = whole
-    assert "--resume: there is no run in" in refused(
-        [*flags, "--out", str(tmp_path), "--name", "run", "--resume"], capsys
-    )
-    assert "holds a run: add --resume" in refused(
-        [*flags, "--out", str(folder.parent), "--name", "run"], capsys
-    )
+    error = fails([*flags, "--out", tmp_path, "--name", "run", "--resume"])
+    assert "--resume: there is no run in" in error
+    error = fails([*flags, "--out", folder.parent, "--name", "run"])
+    assert "holds a run: add --resume" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -307,28 +298,24 @@ def test_resuming_a_finished_run_elsewhere_changes_nothing(whole, tmp_path, caps
     before = contents(folder)
     folder.rename(tmp_path / "moved")
     try:
-        gdrt.main(
-            [*flags, "--out", str(tmp_path), "--name", "moved", "--resume", "--save-every", "7"]
-        )
+        moved = f"--out {tmp_path} --name moved --resume --save-every 7"
+        gdrt.main([*flags, *moved.split()])
         assert contents(tmp_path / "moved") == before
     finally:
         (tmp_path / "moved").rename(folder)
 
 
-# ------------------------------------------------------------------------------------------------ one seed, one result
+# ---------------------------------------------------------------- one seed, one result
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(whole, tmp_path):
     flags, folder, _ = whole
-    for name, seed in ("same", "0"), ("other", "1"):
-        assert (
-            finish(
-                [*flags, "--out", str(tmp_path), "--name", name, "--seed", seed], tmp_path / "log"
-            )
-            == 0
-        )
+    for name, seed in (("same", "0"), ("other", "1")):
+        argv = [*flags, "--out", str(tmp_path), "--name", name, "--seed", seed]
+        assert finish(argv, tmp_path / "log") == 0
     assert_same(tmp_path / "same", folder)
-    other, expected = contents(tmp_path / "other"), contents(folder)
+    other = contents(tmp_path / "other")
+    expected = contents(folder)
     for path in (
         "groups.json",
         "gdrt/metrics.jsonl",
@@ -341,8 +328,6 @@ def test_one_seed_gives_one_result_and_another_seed_another(whole, tmp_path):
 def test_config_records_what_a_result_depends_on(whole):
     config = json.loads((whole[1] / "config.json").read_text())
     assert config["machine"]["threads"] == 1  # `command` sets it
-    assert (
-        config["versions"]["torch"] == torch.__version__
-        and config["arguments"]["seed"] == 0
-        and len(config["data"]) == 64
-    )
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["arguments"]["seed"] == 0
+    assert len(config["data"]) == 64
