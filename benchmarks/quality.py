@@ -537,7 +537,9 @@ def held_groups(reference, run, results):
 
 def evaluate_outcomes(begun, arguments, held, n_held):
     """(what a line says of the held-out windows, {part: table by user}) of the model as it is."""
-    setup, dataset, device = begun.setup, begun.dataset, begun.cfg.device
+    setup = begun.setup
+    dataset = begun.dataset
+    device = begun.cfg.device
     part = "valid" if arguments.get("no_test") else "test"
     windows = getattr(dataset, part)
     told = {}
@@ -591,7 +593,8 @@ def perform(run, options):
     seconds = {"warm-up": begun.seconds, "relevance": 0, "train": 0}
     arrays = {}
 
-    group, n_groups = held, n_held
+    group = held
+    n_groups = n_held
     if "relevance" in arguments:
         n_groups = arguments["groups"]
         group, told, seconds["relevance"] = training_groups(begun, arguments)

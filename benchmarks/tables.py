@@ -147,7 +147,8 @@ def detectable(sums, windows):
     the seeds' means times sqrt(2 / S); and over users, that of two seeds' paired difference, users
     being independent, by sqrt(1 / S).
     """
-    S, N = len(sums), windows.sum()
+    S = len(sums)
+    N = windows.sum()
     between = (sums.sum(1) / N).std(ddof=1) * np.sqrt(2 / S)
     pairs = []
     for i, j in itertools.combinations(range(S), 2):
@@ -394,12 +395,12 @@ def power_table(results, lines):
 def folders_of(lines, start):
     """{name: what picks its lines} of the folders that the transfer experiments read."""
     names = {line["arguments"]["dataset"] for line in lines} - {"ml-100k", "toy"}
-    settings = {name: {"dataset": name, "start": start} for name in sorted(names)}
-    return {
-        name: wanted
-        for name, wanted in settings.items()
-        if any(has(line, wanted) for line in lines)
-    }
+    settings = {}
+    for name in sorted(names):
+        wanted = {"dataset": name, "start": start}
+        if any(has(line, wanted) for line in lines):
+            settings[name] = wanted
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------
@@ -507,7 +508,8 @@ def agreement(a, b):
     """
     last = a.max()
     both = (np.minimum(a, b) >= 0) & (np.maximum(a, b) < last)
-    a, b = a[both], b[both]
+    a = a[both]
+    b = b[both]
     return both.sum(), *same_group(a, b), np.corrcoef(a, b)[0, 1]
 
 
