@@ -1,15 +1,18 @@
 """Our attributions against captum's and against plain backwards: the same figures, sooner.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/attribution_peer.py [RUN]          into results/attribution_peer.json; exit code 1 where they disagree
+    python benchmarks/attribution_peer.py [RUN]     into results/attribution_peer.json;
+                                                    exit code 1 where they disagree
 
-Same model, prompts and baselines (the mean embedding) on all sides, fp32. captum's LLMAttribution replaces tokens by a
-token, so its copy of the model has one more, whose embedding is the mean; it cannot touch the title's prefix, so the
-auxiliary segment, which holds the prefix, is compared with captum's FeatureAblation over the embeddings.
+Same model, prompts and baselines (the mean embedding) on all sides, fp32. captum's LLMAttribution
+replaces tokens by a token, so its copy of the model has one more, whose embedding is the mean; it
+cannot touch the title's prefix, so the auxiliary segment, which holds the prefix, is compared with
+captum's FeatureAblation over the embeddings.
 """
 
 import argparse
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -40,47 +43,57 @@ from data import (
     write_atomic,
 )
 
-AGREE, FASTER = 1e-4, 20  # nats; times
+AGREE = 1e-4  # nats
+FASTER = 20  # times
 
 
-# ------------------------------------------------------------------------------------------------ captum
+# ---------------------------------------------------------------- captum
 
 
 def with_mean_token(model):
-    """(copy of the model with one more input token, whose embedding is the mean of the others; that token's id)."""
-    longer, weight = copy.deepcopy(model), model.get_input_embeddings().weight.detach()
+    """(copy of the model with one more input token, that token's id).
+
+    Its embedding is the mean of the others.
+    """
+    longer = copy.deepcopy(model)
+    weight = model.get_input_embeddings().weight.detach()  # (V, D)
+    # Untied: the head keeps its V outputs.
     head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    head.weight = torch.nn.Parameter(
-        model.get_output_embeddings().weight.detach()
-    )  # untied: the head keeps its V outputs
-    longer.set_input_embeddings(
-        torch.nn.Embedding.from_pretrained(torch.cat([weight, weight.mean(0, keepdim=True)]))
-    )
+    head.weight = torch.nn.Parameter(model.get_output_embeddings().weight.detach())
+    rows = torch.cat([weight, weight.mean(0, keepdim=True)])  # (V + 1, D)
+    longer.set_input_embeddings(torch.nn.Embedding.from_pretrained(rows))
     longer.set_output_embeddings(head)
     return longer, len(weight)
 
 
 def numbers(size):
-    """A tokeniser whose text is the token ids, '17 4 256': our prompts are pieces encoded one by one, no text gives them back."""
+    """A tokeniser whose text is the token ids, '17 4 256'.
+
+    Our prompts are pieces encoded one by one, so no text gives them back.
+    """
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, unk_token="0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def llm_attribution(model, ids, mean, tree, **options):
-    """LLMAttribution of one prompt -> {segment: (N,)}: each target token to the template's tokens and to the user's, as one feature each."""
+    """LLMAttribution of one prompt -> {segment: (N,)}.
+
+    Each target token is attributed to the template's tokens and to the user's, as one feature each.
+    """
     from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 
     prompt = int(tree.predict_at[0]) + 1  # the tokens before the title
     given = TextTokenInput(" ".join(map(str, tree.ids[:prompt])), ids, baselines=mean)
     features = torch.tensor(tree.segment[:prompt])[None]
-    done = LLMAttribution(FeatureAblation(model), ids).attribute(
-        given, torch.tensor(tree.label), feature_mask=features, **options
-    )
-    return {
-        segment: done.token_attr[:, (features[0] == segment).nonzero()[0, 0]]
-        for segment in (TEMPLATE, USER)
-    }
+    attribution = LLMAttribution(FeatureAblation(model), ids)
+    target = torch.tensor(tree.label)
+    done = attribution.attribute(given, target, feature_mask=features, **options)
+    found = {}
+    for segment in (TEMPLATE, USER):
+        first = (features[0] == segment).nonzero()[0, 0]
+        found[segment] = done.token_attr[:, first]
+    return found
 
 
 def embedding_ablation(model, tree):
@@ -88,31 +101,30 @@ def embedding_ablation(model, tree):
     from captum.attr import FeatureAblation
 
     one = collate([tree])
-    E = model.get_input_embeddings()(one.ids)  # (1, T, D)
+    embedding = model.get_input_embeddings()
+    E = embedding(one.ids)  # (1, T, D)
 
     def log_prob(embeds):  # (1, T, D) -> (1, N)
         logits = model(inputs_embeds=embeds, use_cache=False).logits[:, one.predict_at]
         return logits.log_softmax(-1).gather(-1, one.label[None, :, None])[..., 0]
 
-    feature = torch.tensor([{BOS: 0, USER: 1}.get(int(s), 2) for s in tree.segment])[
-        None, :, None
-    ].expand_as(E)
-    baseline = model.get_input_embeddings().weight.mean(0).expand_as(E)
-    found = FeatureAblation(log_prob).attribute(
-        E, baselines=baseline, feature_mask=feature
-    )  # (N, T, D)
-    return {
-        kinds: found[:, int(np.isin(tree.segment, kinds).argmax()), 0]
-        for kinds in (AUXILIARY, (USER,))
+    feature = torch.tensor([{BOS: 0, USER: 1}.get(int(s), 2) for s in tree.segment])  # (T,)
+    options = {
+        "baselines": embedding.weight.mean(0).expand_as(E),
+        "feature_mask": feature[None, :, None].expand_as(E),
     }
+    found = FeatureAblation(log_prob).attribute(E, **options)  # (N, T, D)
+    first = {kinds: int(np.isin(tree.segment, kinds).argmax()) for kinds in (AUXILIARY, (USER,))}
+    return {kinds: found[:, token, 0] for kinds, token in first.items()}
 
 
-# ------------------------------------------------------------------------------------------------ ours, whole batches at once
+# ---------------------------------------------------------------- ours, whole batches at once
 
 
 def prompt_by_prompt(model, prompts, windows, measure):
     """measure(model, batch) over packed trees -> (n windows) list of (N,) tensors."""
-    trees, found = build_trees(prompts, windows), [None] * len(windows)
+    trees = build_trees(prompts, windows)
+    found = [None] * len(windows)
     with forward_mode(model):
         for indices in by_length(trees):
             batch = collate([trees[i] for i in indices])
@@ -122,85 +134,111 @@ def prompt_by_prompt(model, prompts, windows, measure):
     return found
 
 
-def compare(model, prompts, windows):
-    """-> (differences: {what: nats}, seconds a prompt: {who: s}). Ours measures both segments of all prompts; peers prompt by prompt."""
-    single, (longer, mean) = build_trees(prompts, windows, pack=False), with_mean_token(model)
+MEASURES = {  # of ours; what an audit needs is the ablation of two segments at once
+    "ablation": lambda model, batch: ablations(model, batch, (AUXILIARY, (USER,)))[0].T,  # (N, 2)
+    "template": lambda model, batch: ablations(model, batch, ((TEMPLATE,),))[0].T,  # (N, 1)
+    "gradient": lambda model, batch: segment_gradient(model, batch, (USER,), points=1),  # (N,)
+}
+
+
+def measure_ours(model, prompts, windows):
+    """({name of MEASURES: values by window}, {name: seconds}), over all prompts at once."""
+    found = {}
+    seconds = {}
+    for name, measure in MEASURES.items():
+        work = (prompt_by_prompt, model, prompts, windows, measure)
+        speed.seconds_of(*work)  # warms up
+        seconds[name], found[name] = speed.seconds_of(*work)
+    return found, seconds
+
+
+def captum_peers(model):
+    """{name: function of a tree -> {segment, or tuple of segments: (N,)}}."""
+    longer, mean = with_mean_token(model)
     ids = numbers(mean + 1)
-    segments = AUXILIARY, (USER,), (TEMPLATE,)
-    measures = {
-        "ablation": lambda model, batch: (
-            ablations(model, batch, segments[:2])[0].T
-        ),  # (N, 2): what an audit needs
-        "template": lambda model, batch: ablations(model, batch, segments[2:])[0].T,
-        "gradient": lambda model, batch: segment_gradient(model, batch, (USER,), points=1),
+    given = functools.partial(llm_attribution, longer, ids, mean)
+    # Its default of cached outputs breaks with transformers 5.24: it passes a cache_position that
+    # no model reads any more.
+    return {
+        "LLMAttribution": functools.partial(given, use_cached_outputs=False),
+        "LLMAttribution, whole title at once": functools.partial(given, forward_in_tokens=False),
+        "FeatureAblation": functools.partial(embedding_ablation, model),
     }
-    ours, seconds = {}, {}
-    for name, measure in measures.items():
-        prompt_by_prompt(model, prompts, windows, measure)  # warms up
-        seconds[name], ours[name] = speed.seconds_of(
-            prompt_by_prompt, model, prompts, windows, measure
-        )
-    ablated = {
-        kinds: [values[:, i] for values in ours["ablation"]] for i, kinds in enumerate(segments[:2])
-    }
-    ablated[TEMPLATE,] = [values[:, 0] for values in ours["template"]]
-    # its default of cached outputs breaks with transformers 5.24: it passes a cache_position that no model reads any more
-    peers = {
-        "LLMAttribution": lambda tree: llm_attribution(
-            longer, ids, mean, tree, use_cached_outputs=False
-        ),
-        "LLMAttribution, whole title at once": lambda tree: llm_attribution(
-            longer, ids, mean, tree, forward_in_tokens=False
-        ),
-        "FeatureAblation": lambda tree: embedding_ablation(model, tree),
-    }
-    times, differences = {}, {}
-    for name, peer in peers.items():
-        peer(single[0])
-        times[name], found = speed.seconds_of(lambda: [peer(tree) for tree in single])
+
+
+def largest(ours, theirs):
+    """The largest absolute difference between two lists of tensors."""
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs))
+
+
+def compare_ablations(model, trees, ours):
+    """({what: largest difference in nats}, {peer: seconds}) of captum's and our ablations."""
+    auxiliary, user = zip(*(values.unbind(1) for values in ours["ablation"]))
+    (template,) = zip(*(values.unbind(1) for values in ours["template"]))
+    mine = {AUXILIARY: auxiliary, (USER,): user, USER: user, TEMPLATE: template}
+    words = {AUXILIARY: "auxiliary", (USER,): "user", USER: "user", TEMPLATE: "template"}
+    differences = {}
+    times = {}
+    for name, peer in captum_peers(model).items():
+        peer(trees[0])  # warms up
+        times[name], found = speed.seconds_of(lambda: [peer(tree) for tree in trees])
         for kinds in found[0]:
-            mine = ablated[kinds if isinstance(kinds, tuple) else (kinds,)]
-            words = {TEMPLATE: "template", USER: "user", (USER,): "user", AUXILIARY: "auxiliary"}[
-                kinds
-            ]
-            differences[f"{name}, {words}"] = max(
-                float((a - b[kinds]).abs().max()) for a, b in zip(mine, found)
-            )
-    speed.token_backwards(model, prompts, windows[:1])
-    times["backward per token"], _ = speed.seconds_of(
-        speed.token_backwards, model, prompts, windows
-    )
-    exact, some = (
-        copy.deepcopy(model).double(),
-        windows[:20],
-    )  # in fp32 the peer's own rounding is 1e-4
-    found = speed.token_backwards(exact, prompts, some)
-    differences["backward per token, user, float64"] = float(
-        (torch.cat(prompt_by_prompt(exact, prompts, some, measures["gradient"])) - found)
-        .abs()
-        .max()
-    )
+            theirs = [values[kinds] for values in found]
+            differences[f"{name}, {words[kinds]}"] = largest(mine[kinds], theirs)
+    return differences, times
+
+
+def compare(model, prompts, windows):
+    """({what: largest difference in nats}, {who: seconds a prompt}).
+
+    Ours measures both segments of all prompts at once; the peers go prompt by prompt.
+    """
+    ours, seconds = measure_ours(model, prompts, windows)
+    single = build_trees(prompts, windows, pack=False)
+    differences, times = compare_ablations(model, single, ours)
+    speed.token_backwards(model, prompts, windows[:1])  # warms up
+    backwards = (speed.token_backwards, model, prompts, windows)
+    times["backward per token"], _ = speed.seconds_of(*backwards)
+    exact = copy.deepcopy(model).double()  # in fp32 the peer's own rounding is 1e-4
+    some = windows[:20]
+    mine = torch.cat(prompt_by_prompt(exact, prompts, some, MEASURES["gradient"]))
+    theirs = speed.token_backwards(exact, prompts, some)
+    differences["backward per token, user, float64"] = largest([mine], [theirs])
     times |= {"ours, ablation": seconds["ablation"], "ours, gradient": seconds["gradient"]}
     return differences, {name: s / len(windows) for name, s in times.items()}
 
 
-def main(argv=None):
+# ---------------------------------------------------------------- the command
+
+
+def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "run",
-        nargs="?",
-        help=f"a finished loss folder, such as runs/ml-100k-tiny-seed0/gdrt (default: a model trained here "
-        f"for {speed.MINUTE} s)",
+    run = (
+        "a finished loss folder, such as runs/ml-100k-tiny-seed0/gdrt "
+        f"(default: a model trained here for {speed.MINUTE} s)"
     )
-    p.add_argument(
-        "--prompts",
-        type=int,
-        default=200,
-        help="ml-100k training windows, whole trees of them (default: 200)",
-    )
-    p.add_argument("--threads", type=int, help="of PyTorch, for all sides (default: PyTorch's own)")
+    p.add_argument("run", nargs="?", help=run)
+    prompts = "ml-100k training windows, whole trees of them (default: 200)"
+    p.add_argument("--prompts", type=int, default=200, help=prompts)
+    threads = "of PyTorch, for all sides (default: PyTorch's own)"
+    p.add_argument("--threads", type=int, help=threads)
     p.add_argument("--out", default=ROOT / "results" / "attribution_peer.json", metavar="FILE")
-    args = p.parse_args(argv)
+    return p
+
+
+def print_comparison(differences, times, ratio, least):
+    rows = [(what, f"{nats:.1e}") for what, nats in differences.items()]
+    print(format_table(("against ours", "largest difference, nats"), rows))
+    rows = [(who, f"{1000 * s:.2f}") for who, s in times.items()]
+    print(format_table(("all target tokens of a prompt", "ms"), rows))
+    print(
+        f"ours is {ratio:.1f} times as fast as LLMAttribution token by token (goal: {FASTER}), "
+        f"{least:.1f} times as fast as with forward_in_tokens=False"
+    )
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
     try:
         import captum
     except ImportError:
@@ -210,43 +248,21 @@ def main(argv=None):
     model, _, prompts = speed.trained("ml-100k", args.run)
     windows = gdrt.draw_windows(speed.dataset_of("ml-100k").train, args.prompts, 0)
     differences, times = compare(model.requires_grad_(False), prompts, windows)
-    ratio, least = (
-        times[name] / times["ours, ablation"]
-        for name in ("LLMAttribution", "LLMAttribution, whole title at once")
-    )
+    ratio = times["LLMAttribution"] / times["ours, ablation"]
+    least = times["LLMAttribution, whole title at once"] / times["ours, ablation"]
     machine = gdrt.environment()
     machine["versions"]["captum"] = captum.__version__
-    write_atomic(
-        args.out,
-        json.dumps(
-            {
-                "prompts": len(windows),
-                "largest difference, nats": differences,
-                "s a prompt": times,
-                "ratio": ratio,
-                "ratio to its fastest setting": least,
-                "processor": speed.processor(),
-                **machine,
-            },
-            indent=1,
-        )
-        + "\n",
-    )
-    print(
-        format_table(
-            ("against ours", "largest difference, nats"),
-            [(k, f"{v:.1e}") for k, v in differences.items()],
-        )
-    )
-    print(
-        format_table(
-            ("all target tokens of a prompt", "ms"),
-            [(k, f"{1000 * v:.2f}") for k, v in times.items()],
-        )
-    )
-    print(
-        f"ours is {ratio:.1f} times as fast as LLMAttribution token by token (goal: {FASTER}), {least:.1f} times as fast as with forward_in_tokens=False"
-    )
+    result = {
+        "prompts": len(windows),
+        "largest difference, nats": differences,
+        "s a prompt": times,
+        "ratio": ratio,
+        "ratio to its fastest setting": least,
+        "processor": speed.processor(),
+        **machine,
+    }
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+    print_comparison(differences, times, ratio, least)
     if max(differences.values()) > AGREE:
         sys.exit(1)
 

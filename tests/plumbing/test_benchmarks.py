@@ -68,7 +68,7 @@ def done(little, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     results = tmp_path_factory.mktemp("results")
     small = replace(dataset, valid=dataset.valid[:24], test=dataset.test[:24])
-    patch.setattr(quality, "load_dataset", lambda *_: small)
+    patch.setattr(quality, "load_dataset", lambda *_, **__: small)
     patch.setattr(quality.gdrt, "start_model", lambda *_: (copy.deepcopy(model), tokenizer))
     quality.start.cache_clear()
     setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64, "epochs": 2}
