@@ -295,7 +295,7 @@ def test_control_groups_sort_what_they_say(little):
     setup = quality.gdrt.Setup(copy.deepcopy(model), None, prompts, windows, [], [], 1)
     weights = quality.copied(model)
     cfg = Namespace(device="cpu")
-    begun = quality.Start(dataset, setup, cfg, None, weights, weights, 0.0, {})
+    begun = quality.Start(dataset, setup, cfg, None, weights, weights, 0.0, {}, {})
     targets = {w.items[w.stop] for w in windows}
     for name in ("random", "position", "nll", "planted"):
         r, _ = quality.measured(begun, name, 0)
