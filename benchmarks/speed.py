@@ -891,6 +891,10 @@ ROWS = {  # name: (function, what, peer, what it must reach)
 }
 
 
+# What rows run in processes of their own.
+CHILDREN = {"search": child_search, "trainer": child_trainer}
+
+
 def read_results(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -1002,8 +1006,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     if args.child:
         part, *values = args.child
-        children = {"search": child_search, "trainer": child_trainer}
-        print(json.dumps(children[part](*values)))
+        print(json.dumps(CHILDREN[part](*values)))
         return
     if not args.table:
         try:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -313,24 +314,49 @@ def test_csv_windows_stand_as_they_are(tmp_path):
 
 
 def test_toy_is_what_it_says():
-    start = time.monotonic()
+    start = time.process_time()
     dataset = load_dataset("toy")
-    assert (
-        time.monotonic() - start < 1
-        and dataset.digest == load_dataset("toy").digest != load_dataset("toy", seed=1).digest
-    )
-    assert 120 <= len(dataset.titles) <= 200 and len(
-        {title.split()[0] for title in dataset.titles}
-    ) == len(dataset.titles)
+    assert time.process_time() - start < 1
+    assert dataset.digest == load_dataset("toy").digest != load_dataset("toy", seed=1).digest
+    assert 120 <= len(dataset.titles) <= 200
+    assert len({title.split()[0] for title in dataset.titles}) == len(dataset.titles)
     tastes = [dataset.planted["tastes"][user] for user in dataset.users]
     targets = [(w.user, w.items[w.stop]) for w in dataset.train]
     for item, (title, words) in enumerate(zip(dataset.titles, dataset.planted["words"])):
         assert len(words) == len(title.split()) and words[1:] == ["bias"] * (len(words) - 1)
     taste = [(user, item) for user, item in targets if dataset.planted["words"][item][0] == "taste"]
-    assert (
-        all(dataset.genres[item][0] in tastes[user] for user, item in taste)
-        and 0.75 < len(taste) / len(targets) < 0.9
-    )
+    assert all(dataset.genres[item][0] in tastes[user] for user, item in taste)
+    assert 0.75 < len(taste) / len(targets) < 0.9
+
+
+def test_the_shop_is_planted_as_it_says():
+    """toy_table itself: 8 tastes of 15 products and 16 bestsellers, that everybody buys alike."""
+    table, planted = data.toy_table(0)
+    kind = {item: genres[0] for item, genres in table.genres.items()}
+    count = Counter(kind.values())
+    assert count.pop(data.BESTSELLER) == 16
+    assert count == {taste: 15 for taste in data.TASTES} and len(count) == 8
+    for item, words in enumerate(planted["words"]):
+        bestseller = kind[str(item)] == data.BESTSELLER
+        assert words == ["bias" if bestseller else "taste"] + ["bias"] * 11
+        brand, *what = table.titles[str(item)].split()
+        named = "Gift Card" if bestseller else data.TASTES[kind[str(item)]]
+        assert " ".join(what).startswith(named) and len([brand, *what]) == 12
+    bought = {}
+    for user, item, _, moment in table.ratings:
+        bought.setdefault(user, []).append((moment, kind[item]))
+    assert len(bought) == len(planted["tastes"]) == 500
+    sizes = sorted(map(len, bought.values()))
+    assert sizes[:250] == [5] * 250 and min(sizes[250:]) >= 12 and max(sizes) <= 24
+    by_taste = 0
+    for user, purchases in bought.items():
+        assert len({moment for moment, _ in purchases}) == len(purchases)  # no ties in time
+        assert len(set(planted["tastes"][user])) == 2
+        kinds = {what for _, what in purchases}
+        assert kinds <= {*planted["tastes"][user], data.BESTSELLER}
+        by_taste += sum(what != data.BESTSELLER for _, what in purchases)
+    # 85% of the draws; a little less without replacement, as a user's 30 products run out.
+    assert 0.75 < by_taste / len(table.ratings) < 0.87
 
 
 # ------------------------------------------------ sources

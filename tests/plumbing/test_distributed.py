@@ -71,16 +71,9 @@ def gradients(job, trees):
         model, prompts, every, group = world()
         optimizer = Watched(model.parameters(), lr=0.1)
         log_q = torch.log_softmax(torch.tensor([0.1, 0.5, -0.3, 0.2]), 0)
-        log_q, line = gdrt.training_step(
-            model.train(),
-            optimizer,
-            [every[i] for i in trees],
-            prompts,
-            group,
-            objective,
-            log_q,
-            job,
-        )
+        batch = [every[i] for i in trees]
+        rest = (prompts, group, objective, log_q, job)
+        log_q, line = gdrt.training_step(model.train(), optimizer, batch, *rest)
         found[name] = optimizer.seen, line, log_q
     return found
 
@@ -98,16 +91,9 @@ def curves(job):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         log_q = torch.full((K,), 0.25).log()
         for update in updates:
-            log_q, line = gdrt.training_step(
-                model.train(),
-                optimizer,
-                [trees[i] for i in update],
-                prompts,
-                group,
-                objective,
-                log_q,
-                job,
-            )
+            batch = [trees[i] for i in update]
+            rest = (prompts, group, objective, log_q, job)
+            log_q, line = gdrt.training_step(model.train(), optimizer, batch, *rest)
             lines.append(line)
         found[name] = lines, torch.cat([p.detach().flatten() for p in model.parameters()])
     return found

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_prompts, random_windows, small_model
+from conftest import ROOT, json_lines, random_prompts, random_windows, small_model
 from transformers import BertConfig, BertLMHeadModel, Lfm2Config, Lfm2ForCausalLM
 
 import data
@@ -254,27 +254,12 @@ def test_odd_titles_survive_the_whole_way(small, tmp_path):
         tmp_path / "model"
     )
     tiny_tokenizer(dataset).save_pretrained(tmp_path / "model")
-    flags = [
-        *small,
-        "--dataset",
-        str(tmp_path),
-        "--model",
-        str(tmp_path / "model"),
-        "--out",
-        str(tmp_path),
-        "--name",
-        "run",
-        "--groups",
-        "2",
-    ]
-    gdrt.main([*flags, "--loss", "gdrt", "--keep-seen", "--relevance", "ablation"])
-    listed = {
-        title
-        for line in (tmp_path / "run" / "gdrt" / "predictions.jsonl")
-        .read_text(encoding="utf-8")
-        .splitlines()
-        for title in json.loads(line)["titles"]
-    }
+    flags = f"--dataset {tmp_path} --model {tmp_path}/model --out {tmp_path} --name run"
+    flags += " --groups 2 --loss gdrt --keep-seen --relevance ablation"
+    gdrt.main([*small, *flags.split()])
+    listed = set()
+    for line in json_lines(tmp_path / "run" / "gdrt" / "predictions.jsonl"):
+        listed.update(line["titles"])
     assert listed <= set(READ) and len(listed) >= 10
 
 
@@ -286,20 +271,8 @@ def test_titles_left_out_are_counted_and_said(small, tmp_path, capsys):
     longest = len(prompts.bos + prompts.task + prompts.marker) + max(map(len, prompts.titles)) + 30
     small_model("gpt2", len(tokenizer), places=longest).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    gdrt.main(
-        [
-            *small,
-            "--model",
-            str(tmp_path / "model"),
-            "--out",
-            str(tmp_path),
-            "--name",
-            "run",
-            "--relevance",
-            "probability",
-            "--no-test",
-        ]
-    )
+    flags = f"--model {tmp_path}/model --out {tmp_path} --name run"
+    gdrt.main([*small, *flags.split(), "--relevance", "probability", "--no-test"])
     short = make_prompts(dataset, tokenizer, longest)
     trees = build_trees(short, dataset.train + dataset.valid + dataset.test, pack=False)
     titles = sum(tree.dropped for tree in trees)
@@ -320,25 +293,13 @@ def test_a_run_on_the_gpu(small, tmp_path, precision):
     """The whole command on CUDA: the training curve is that of the CPU, to rounding."""
     curves = {}
     for device in ("cpu", "cuda"):
-        flags = [
-            *small,
-            "--device",
-            device,
-            "--precision",
-            precision if device == "cuda" else "fp32",
-            "--out",
-            str(tmp_path),
-            "--name",
-            device,
-        ]
-        gdrt.main([*flags, "--relevance", "gradient"])
-        curves[device] = [
-            json.loads(line)["nll"]
-            for line in (tmp_path / device / "warmup" / "metrics.jsonl").read_text().splitlines()
-        ]
-    assert curves["cuda"][0] == pytest.approx(
-        curves["cpu"][0], rel=0.05 if precision == "bf16" else 0.02
-    )  # dropout differs
+        of_device = precision if device == "cuda" else "fp32"
+        flags = f"--device {device} --precision {of_device} --out {tmp_path} --name {device}"
+        gdrt.main([*small, *flags.split(), "--relevance", "gradient"])
+        lines = json_lines(tmp_path / device / "warmup" / "metrics.jsonl")
+        curves[device] = [line["nll"] for line in lines]
+    close = 0.05 if precision == "bf16" else 0.02  # dropout differs
+    assert curves["cuda"][0] == pytest.approx(curves["cpu"][0], rel=close)
 
 
 @pytest.mark.gpu
