@@ -82,14 +82,21 @@ def of_one_thing(values):
     return len({ast.dump(value.value) for value in values}) == 1
 
 
+def is_swap(target, value):
+    return sorted(map(ast.unparse, target.elts)) == sorted(map(ast.unparse, value.elts))
+
+
 def unrelated_tuples(text):
-    """Assignments of the form a, b = x, y; unpacking what one call or one thing holds is fine."""
+    """Assignments of the form a, b = x, y.
+
+    Unpacking what one call or one thing holds is fine, and so is a swap.
+    """
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            unpacked = any(isinstance(target, ast.Tuple) for target in node.targets)
-            if unpacked and not of_one_thing(node.value.elts):
-                found.append(node.lineno)
+            for target in node.targets:
+                if isinstance(target, ast.Tuple) and not of_one_thing(node.value.elts):
+                    found += [] if is_swap(target, node.value) else [node.lineno]
     return found
 
 
@@ -202,7 +209,7 @@ def test_each_rule_sees(rule, text):
         (too_wide, "x" * 100),
         (several_statements, "x = {1: 2}\nif x:\n    y = 'a; b: c'  # d; e"),
         (unrelated_tuples, "a, b = f(x)\nmodel, prompts = setup.model, setup.prompts"),
-        (unrelated_tuples, "sft, gdrt = rows['sft'], rows['gdrt']\nsize = 3, 4"),
+        (unrelated_tuples, "sft, gdrt = rows['sft'], rows['gdrt']\nsize = 3, 4\na, b = b, a"),
         (nested_comprehensions, "x = [a for b in c for a in b]\ny = [f(a) for a in x]"),
         (drawing, "text = 'a <bos> b'\nx = a < b > c"),
     ],
