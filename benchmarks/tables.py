@@ -336,6 +336,31 @@ def epochs_table(results, lines, wanted):
     return markdown(["epochs", "", *VALIDATION], body)
 
 
+def diagnosis_table(results, lines):
+    """What was measured after the warm-up beside what GDRT then gained, on validation windows."""
+    setups = {}
+    for line in lines:
+        a = line["arguments"]
+        if "diagnosis" in line and "valid" in line and a["loss"] in ("sft", "gdrt"):
+            setup = (a["dataset"], a["windows"] or np.inf, a["epochs"])
+            rows = setups.setdefault(setup, {"sft": {}, "gdrt": {}})
+            rows[a["loss"]][a["seed"]] = line
+    body = []
+    for (dataset, windows, epochs), rows in sorted(setups.items()):
+        row, sft = rows["gdrt"], rows["sft"]
+        seeds = set(row) & set(sft)
+        if not seeds:
+            continue
+        cells = [dataset, value_text(windows), str(epochs), str(len(seeds))]
+        for name, form in {"user information": "{:.3f}", "language share": "{:.0%}"}.items():
+            cells.append(form.format(np.mean([row[seed]["diagnosis"][name] for seed in seeds])))
+        relative, _ = by_window(results, row, sft, "NDCG@10")
+        _, nats = by_window(results, row, sft, "legal NLL")
+        body.append(cells + [span(100 * np.array(relative), "{:+.0f}"), span(nats, "{:+.3f}")])
+    header = ["data", "windows", "epochs", "seeds", "user information", "language share"]
+    return markdown([*header, "NDCG@10 to SFT, %", "title NLL to SFT, nats"], body)
+
+
 TRIED = ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
 TUNED = {
     "sft": {"loss": "sft", "train_softmax": "full"},
@@ -643,6 +668,8 @@ TITLES = {  # in results/tables.md
     "epochs": "Epochs on validation windows, the setting of main (`quality.py untrained` and "
     "`epochs`); to SFT after as many epochs",
     "toy-epochs": "Epochs on validation windows of toy (`quality.py toy-epochs`)",
+    "diagnosis": "User information and language share after the warm-up, and what GDRT gained on "
+    "validation windows (`quality.py toy-epochs`, `toy-short`, `epochs` and `few-windows`)",
 }
 
 
@@ -677,6 +704,8 @@ def section(results, lines, name):
         return tuning_table(lines)
     if name == "power":
         return power_table(results, lines)
+    if name == "diagnosis":
+        return diagnosis_table(results, lines)
     makers = {"sweep": sweep_table, "groups": grouping_table, "statements": statements}
     return makers[name](results, tested)
 
@@ -705,24 +734,60 @@ def draw_curve(axes, curve, label):
     axes[-1].set_xlabel(label)
 
 
-def draw_sweeps(results, lines, path):
-    """The four curves over the four sweeps, with their 95% intervals, as SVG."""
+def pyplot():
+    """matplotlib's, drawing to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "gdrt"  # equal results, equal file
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_figure(figure, path):
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot().close(figure)
+
+
+def draw_sweeps(results, lines, path):
+    """The four curves over the four sweeps, with their 95% intervals, as SVG."""
+    plt = pyplot()
     size = {"figsize": (12, 9), "sharex": "col", "sharey": "row"}
     figure, axes = plt.subplots(len(CURVES), len(SWEPT), **size)
     for column, name in zip(axes.T, SWEPT):
         draw_curve(column, sweep_curve(results, lines, name), SWEPT[name])
     for panel, label in zip(axes[:, 0], CURVES):
         panel.set_ylabel(label, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save_figure(figure, path)
+
+
+def draw_epochs(lines, path):
+    """NDCG@10 of SFT and GDRT on toy's validation windows after so many epochs, as SVG.
+
+    A dot a seed; the line joins their means.
+    """
+    plt = pyplot()
+    wanted = UNTRAINED["toy-shop"] | {"no_test": True}
+    figure, panel = plt.subplots(figsize=(7, 2.6))
+    for loss, name, colour in (("sft", "SFT", "tab:gray"), ("gdrt", "GDRT", "tab:blue")):
+        found = {}
+        for line in lines:
+            if has(line, wanted | {"loss": loss}):
+                epochs = line["arguments"]["epochs"]
+                found.setdefault(epochs, []).append(line["valid"]["NDCG@10"])
+        for epochs, values in found.items():
+            panel.plot([epochs] * len(values), values, ".", color=colour, alpha=0.5)
+        epochs = sorted(found)
+        means = [np.mean(found[x]) for x in epochs]
+        panel.plot(epochs, means, "-", color=colour, label=name)
+    panel.set_xlabel("epochs")
+    panel.set_ylabel("NDCG@10, toy shop")
+    panel.set_ylim(bottom=0)
+    panel.legend(frameon=False)
+    save_figure(figure, path)
 
 
 def document(done):
@@ -748,12 +813,13 @@ def into_readme(text, name, body):
 
 
 def write_readme(results, done):
-    """All tables into results/tables.md, and into README.md those that it has markers for."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    """All tables into DIR/tables.md, and into DIR/README.md those that it has markers for."""
+    readme = results / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     for name, body in done.items():
         text = into_readme(text, name, body)
-    readme.write_text(text, encoding="utf-8")
+    if readme.exists():
+        readme.write_text(text, encoding="utf-8")
     (results / "tables.md").write_text(document(done), encoding="utf-8")
 
 
@@ -761,9 +827,9 @@ def parser():
     p = argparse.ArgumentParser(description="README's tables and figures from results/.")
     p.add_argument("section", nargs="*", help=f"print only these of {', '.join(TITLES)}")
     p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    readme = "write README.md, between its markers, and DIR/tables.md instead of printing"
+    readme = "write DIR/README.md, between its markers, and DIR/tables.md instead of printing"
     p.add_argument("--readme", action="store_true", help=readme)
-    figures = "draw DIR/figures/dose.svg; needs matplotlib"
+    figures = "draw DIR/figures/dose.svg and epochs.svg; needs matplotlib"
     p.add_argument("--figures", action="store_true", help=figures)
     return p
 
@@ -784,7 +850,11 @@ def main(argv=None):
         print(document(done))
     if args.figures:
         tested = [line for line in lines if not line["arguments"].get("no_test")]
-        draw_sweeps(args.results, tested, args.results / "figures" / "dose.svg")
+        figures = args.results / "figures"
+        if any(swept_pairs(tested, name) for name in SWEPT):
+            draw_sweeps(args.results, tested, figures / "dose.svg")
+        if any(has(line, UNTRAINED["toy-shop"]) for line in lines):
+            draw_epochs(lines, figures / "epochs.svg")
 
 
 if __name__ == "__main__":

@@ -471,9 +471,7 @@ def test_statements_find_what_was_put_in(made_up):
     assert rows[0][1].startswith("**+20.0% [") and rows[-1][1].startswith("**+8% [")
 
 
-def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(
-    made_up, capsys, tmp_path, monkeypatch
-):
+def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(made_up, capsys):
     text = tables.sections(made_up, ("grid", "sweep"))
     assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
     assert [line.split("|")[1:3] for line in text["sweep"].splitlines()[2:]] == [
@@ -488,12 +486,11 @@ def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(
     # To SFT with as many epochs: 0.05 to 0.04.
     last = text["sweep"].splitlines()[-1].split("|")
     assert last[3].startswith(" 0.04") and last[5].startswith(" **+25.0 [")
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
     old = "# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n"
-    (tmp_path / "README.md").write_text(old)
+    (made_up / "README.md").write_text(old)
     tables.main(["--results", str(made_up), "--readme", "--figures"])
     tables.main(["--results", str(made_up), "--readme"])  # twice is once
-    readme = (tmp_path / "README.md").read_text()
+    readme = (made_up / "README.md").read_text()
     assert "old" not in readme
     assert readme.startswith("# A\n<!-- q")
     assert readme.endswith("after \\1\n")
@@ -600,3 +597,33 @@ def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_pa
     assert [cell[:2] for cell in cells] == [["1", "sft"], ["1", "gdrt uniform"], ["2", "sft"]]
     assert [cell[3] for cell in cells] == ["0.2000", "0.3000", "0.4000"]
     assert cells[1][4].startswith("**+50.0")
+
+
+def diagnosed_line(loss, seed, ndcg, share):
+    """A trial on toy's validation windows with what was diagnosed after its warm-up."""
+    arguments = {"dataset": "toy", "windows": None, "epochs": 2, "loss": loss, "seed": seed}
+    arguments |= {"start": "untrained", "no_test": True}
+    valid = {"NDCG@10": ndcg, "HR@10": ndcg, "legal NLL": 4.0, "MGU@5": 0.1}
+    return {
+        "key": f"{loss}{seed}",
+        "row": "sft" if loss == "sft" else "gdrt uniform",
+        "experiment": "toy-epochs",
+        "arguments": arguments,
+        "valid": valid,
+        "diagnosis": {"user information": 0.05, "language share": share},
+    }
+
+
+def test_diagnosis_stands_beside_the_gain_and_epochs_are_drawn(tmp_path, capsys):
+    for seed, share in ((0, 0.8), (1, 0.9)):
+        for loss, ndcg in (("sft", 0.1), ("gdrt", 0.15)):
+            line = diagnosed_line(loss, seed, ndcg, share)
+            outcomes.add_lines(tmp_path, [line])
+            values = {name: np.full(6, ndcg) for name in outcomes.KINDS}
+            table = outcomes.by_user(np.arange(6), np.ones(6), values)
+            outcomes.add_arrays(tmp_path, {f"{line['key']}/valid": table})
+    tables.main(["diagnosis", "--results", str(tmp_path), "--figures"])
+    row = capsys.readouterr().out.strip().splitlines()[-1].split("|")[1:-1]
+    assert [cell.strip() for cell in row[:6]] == ["toy", "all", "2", "2", "0.050", "85%"]
+    assert row[6].strip().startswith("**+50 ")
+    assert "<svg" in (tmp_path / "figures" / "epochs.svg").read_text()
