@@ -222,7 +222,7 @@ def word_tokenizer(words, bos="<s>", eos="</s>", adds_bos=False):
 
 
 def words_of(dataset):
-    words = set("movies watched recommend the".split())
+    words = set("products bought recommend the".split())
     for title in dataset.titles:
         words.update(f'"{title}"'.split())
     return words
@@ -249,7 +249,7 @@ def test_the_prompt_reads_as_the_template_says(toy):
     text = tokenizer.decode(build_tree(prompts, [window], [0]).ids.tolist())
     assert text == (
         "<bos>### Instruction:\n"
-        "Given the movies a user has watched, oldest first, recommend the next one.\n\n"
+        "Given the products a user has bought, oldest first, recommend the next one.\n\n"
         "### Input:\n"
         f'{history}\n\n### Response:\n"{dataset.titles[window.items[window.stop]]}"'
     )
