@@ -132,6 +132,7 @@ from data import (
     by_length,
     by_shared_prefix,
     collate,
+    embeds_inputs,
     experts,
     limit_onednn_cache,
     load_run,
@@ -188,7 +189,7 @@ def has_derivative(model, prompts, windows, device="cpu"):
     try:
         with forward_mode(model):
             found = segment_gradient(model, batch, (USER,), points=1)  # (N,)
-    except (NotImplementedError, RuntimeError):  # an operation without a rule for forward mode
+    except NotImplementedError:  # an operation without a rule for forward mode
         return False
     return bool(found.isfinite().all())
 
@@ -469,9 +470,8 @@ def token_attribution(
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
         row = torch.arange(R, device=device).repeat_interleave(N)
-        logits = logits_at(
-            model, row, one.predict_at.repeat(R), inputs_embeds=embeds.clone(), use_cache=False
-        )
+        inputs = embeds_inputs(model, one.ids.expand(R, -1), embeds)
+        logits = logits_at(model, row, one.predict_at.repeat(R), use_cache=False, **inputs)
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
     values, gap = torch.zeros(N, T, device=device), None

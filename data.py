@@ -1588,10 +1588,20 @@ def logits_at(model, row, column, **inputs):
         select.remove()
 
 
+def embeds_inputs(model, ids, embeds):
+    """What a model is given to read embeds (B, T, D) where tokens ids (B, T) stand.
+
+    Gemma 3n looks tokens up once more, for every layer: those embeddings stay the tokens' own.
+    """
+    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales in place what it is given
+    if model.config.get_text_config().model_type == "gemma3n_text":
+        inputs["per_layer_inputs"] = model.get_decoder().get_per_layer_inputs(ids)
+    return inputs
+
+
 def target_logits(model, batch, embeds=None):
     """Logits (N, V) of a batch's targets. embeds: (B, T, D) instead of the input embeddings."""
-    # A copy of embeds, for CTRL scales in place what it is given.
-    inputs = {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds.clone()}
+    inputs = {"input_ids": batch.ids} if embeds is None else embeds_inputs(model, batch.ids, embeds)
     if batch.mask is not None:
         inputs["attention_mask"] = batch.mask
         inputs["position_ids"] = batch.position
@@ -1767,9 +1777,9 @@ def reason_of(error):
 def reads_tokens(model, special=(), length=12):
     """Does the model make another thing of tokens than of their embeddings alone?
 
-    Gemma 3n and 4 look tokens up a second time. What is allowed is a hundredth of what halving the
-    embeddings changes; a model that tells tokens from embeddings raises on the halved ones.
-    special: tokens to leave out, for padding may be seen by its id.
+    What is allowed is a hundredth of what halving the embeddings changes; Gemma 4, which finds the
+    tokens of embeddings to look them up again, raises on the halved ones. special: tokens to leave
+    out, for padding may be seen by its id.
     """
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(1)
@@ -1778,8 +1788,9 @@ def reads_tokens(model, special=(), length=12):
     training = model.training
     model.eval()
     of_tokens = model(input_ids=ids, use_cache=False).logits  # (1, length, V)
-    alone = model(inputs_embeds=embedding(ids), use_cache=False).logits
-    halved = model(inputs_embeds=embedding(ids) / 2, use_cache=False).logits
+    embeds = embedding(ids)  # (1, length, D)
+    alone = model(use_cache=False, **embeds_inputs(model, ids, embeds)).logits
+    halved = model(use_cache=False, **embeds_inputs(model, ids, embeds / 2)).logits
     model.train(training)
     return bool((of_tokens - alone).abs().max() > 0.01 * (halved - alone).abs().max())
 

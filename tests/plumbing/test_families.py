@@ -20,7 +20,12 @@ from conftest import (
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import data
 import gdrt
@@ -80,7 +85,8 @@ LINEAR = {
     "linear_value_head_dim": 8,
 }
 ALTUP = {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
-ALTUP |= {"num_kv_shared_layers": 0, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2}
+ALTUP |= {"num_kv_shared_layers": 0, "altup_num_inputs": 2}
+ALTUP |= {"activation_sparsity_pattern": [0.0, 0.0]}
 DBRX = {
     "d_model": 32,
     "n_heads": 4,
@@ -115,6 +121,7 @@ FAMILIES = {
     "Gemma": ("gemma", HEAD),
     "Gemma 2": ("gemma2", {"sliding_window": WINDOW, **GEMMA}),
     "Gemma 3": ("gemma3_text", SLIDING | GEMMA),
+    "Gemma 3n": ("gemma3n_text", ALTUP | SLIDING | HEAD),
     "Phi": ("phi", {}),
     "Phi-3": ("phi3", {"sliding_window": WINDOW}),
     "Phi-3.5-MoE": ("phimoe", EXPERTS),
@@ -249,21 +256,23 @@ def test_the_search_is_the_whole_catalogue(family, softmax):
 
 
 def check_derivative(model, prompts):
-    """Forward mode of all targets at once is one backward a target."""
+    """Forward mode of all targets at once is one backward a target, at both points of a path."""
     batch = collate(build_trees(prompts, WINDOWS[:2]))
+    expected = np.zeros(len(batch.label))
     with forward_mode(model):
-        found = segment_gradient(model, batch, (USER,), points=1)  # (N,)
+        found = segment_gradient(model, batch, (USER,), points=2).numpy()  # (N,)
         E, delta = path_ends(model, batch, (USER,))
-        with torch.enable_grad():
-            middle = (E - delta / 2).requires_grad_()  # (B, T, D)
-            log_p = label_log_prob(target_logits(model, batch, middle), batch.label)
-            expected = []
-            for one in log_p:
-                (gradient,) = torch.autograd.grad(one, middle, retain_graph=True)
-                expected.append(float((gradient * delta).sum()))
+        for s in (0.25, 0.75):
+            with torch.enable_grad():
+                inside = (E - (1 - s) * delta).requires_grad_()  # (B, T, D)
+                log_p = label_log_prob(target_logits(model, batch, inside), batch.label)
+                terms = log_p.unbind()  # N scalars
+            for n, one in enumerate(terms):
+                (gradient,) = torch.autograd.grad(one, inside, retain_graph=True)
+                expected[n] += float((gradient * delta).sum()) / 2
     largest = np.abs(expected).max()
     assert largest > 1e-3
-    assert found.numpy() == pytest.approx(np.array(expected), abs=1e-4 * largest)
+    assert found == pytest.approx(expected, abs=1e-4 * largest)
 
 
 def test_the_derivative_is_one_backward_a_token(family):
@@ -287,11 +296,15 @@ def test_prompts_longer_than_a_window_run_alone(name):
         check_rank(model, prompts, softmax)
 
 
-def test_the_longest_prompt_may_be_that_of_another_windows_title():
-    """The search puts every title after every history, and tokens count, not titles."""
+def test_the_longest_prompt_decides():
+    """Of all windows, and with any title, since the search puts each after every history."""
     model = random_model(*FAMILIES["Mistral"], window=LONGEST)
-    lengths = [len(data.one_prompt(PROMPTS, window)[0]) - 1 for window in WINDOWS]
-    assert max(lengths) <= LONGEST
+    lengths = []
+    for window in WINDOWS:
+        for item in range(len(PROMPTS.titles)):
+            other = window._replace(items=window.items[: window.stop] + (item,))
+            lengths.append(len(data.build_tree(PROMPTS, [other], [0]).ids))
+    assert max(lengths) == LONGEST
     short = min(WINDOWS, key=lambda window: window.stop - window.start)
     longer = short._replace(start=0, stop=len(short.items) - 1)
     assert fall_back_to_unpacked(model, PROMPTS, WINDOWS).packed
@@ -370,10 +383,14 @@ def test_experts_run_as_before_after_an_attribution():
 # ------------------------------------------------ peculiar embeddings and positions
 
 
+def gemma_3n(**changes):
+    kind, config = FAMILIES["Gemma 3n"]
+    return random_model(kind, config | changes)
+
+
 def test_padding_never_touches_a_target():
     """Gemma 3n has norms whose derivative at zero is NaN, and padding's embedding is zero."""
-    layers = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
-    model = random_model("gemma3n_text", ALTUP | HEAD | layers | {"pad_token_id": 0})
+    model = gemma_3n(pad_token_id=0)
     prompts = PROMPTS._replace(bos=[])
     with torch.no_grad():
         model.get_input_embeddings().weight[0] = 0
@@ -390,9 +407,8 @@ def test_a_model_that_scales_its_embeddings_in_place_gets_fresh_ones():
     check_derivative(model, PROMPTS)
     with forward_mode(model):
         one, two, again = ablations(model, batch, ((USER,), (TITLE,), (USER,)))[0]
-        fine = segment_gradient(model, batch, (USER,), points=64)
-    assert torch.equal(one, again) and not torch.equal(one, two)
-    assert (fine - one).abs().max() < 0.02 * one.abs().max()
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
 
 
 @pytest.mark.parametrize(
@@ -419,19 +435,44 @@ def test_positions_are_found(kind, changes, found):
             model(torch.full((1, found + 1), 5), use_cache=False)
 
 
-def test_embeddings_that_a_model_looks_up_twice_are_refused(tmp_path):
-    """Attribution moves one of them: Gemma 4 raises, Gemma 3n would answer without the other."""
+def test_a_model_that_finds_the_tokens_of_embeddings_is_refused(tmp_path):
+    """Gemma 4 wants tokens and embeddings together."""
     layers = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
     four = {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8}
     four |= {"num_kv_shared_layers": 0, "global_head_dim": 8}
     with pytest.raises(InputError, match="cannot be run on embeddings alone"):
         data.load_model(saved(random_model("gemma4_text", four | HEAD | layers), tmp_path / "4"))
-    three = random_model("gemma3n_text", ALTUP | HEAD | layers)
-    for name, weight in three.named_parameters():
-        if name.endswith("correct_output_scale"):  # zero at first: no part of per-layer embeddings
+
+
+def test_a_model_that_makes_more_of_tokens_than_of_embeddings_is_refused():
+    class Reads(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            found = super().forward(input_ids=input_ids, **kwargs)
+            if input_ids is not None:
+                found.logits = found.logits + input_ids[..., None] % 3 * torch.arange(48)
+            return found
+
+    model = random_model("llama", HEAD)
+    assert not data.reads_tokens(model)
+    with pytest.raises(InputError, match="--model X: reads the tokens beside their embeddings"):
+        data.check_model("X", Reads(model.config), WORDS)
+
+
+def test_what_gemma_3n_looks_up_for_every_layer_is_kept():
+    """Where embeddings stand for tokens, they are read as the tokens are."""
+    model = gemma_3n()
+    for name, weight in model.named_parameters():
+        if name.endswith("correct_output_scale"):  # zero at first: no part of what is looked up
             torch.nn.init.normal_(weight)
-    with pytest.raises(InputError, match="reads the tokens beside their embeddings"):
-        data.load_model(saved(three, tmp_path / "3n"))
+    assert not data.reads_tokens(model)
+    batch = collate(build_trees(PROMPTS, WINDOWS[:2]))
+    with torch.no_grad():
+        of_tokens = target_logits(model, batch)
+        embeds = model.get_input_embeddings()(batch.ids)
+        assert (target_logits(model, batch, embeds) - of_tokens).abs().max() < 1e-5
+        alone = model(inputs_embeds=embeds[:, :9]).logits
+        assert (model(batch.ids[:, :9]).logits - alone).abs().max() > 0.01
+    check_derivative(model, PROMPTS)
 
 
 class Malicious:
