@@ -1973,6 +1973,15 @@ def whole_cache(model):
     return cache
 
 
+def take_columns(cache, row, column):
+    """Leave B rows of P columns in a cache: those of its rows `row` (B,) at `column` (B, P)."""
+    for layer in cache.layers:
+        if layer.keys is not None:  # some layers of Gemma 3n look at the keys of others
+            # (rows, heads, columns, D) -> (B, heads, P, D)
+            layer.keys = layer.keys[row[:, None], :, column].transpose(1, 2)
+            layer.values = layer.values[row[:, None], :, column].transpose(1, 2)
+
+
 def causal_mask(batch):
     """A batch's mask, had the trees no branches: each node sees all before it. (B, 1, T, T)"""
     lowest = torch.finfo(batch.mask.dtype).min
@@ -1993,15 +2002,21 @@ def enlarged(model, factor):
 
 
 def cached_logits(model, batch):
-    """`target_logits` as the search finds them: a tree's branches after its cached trunk. (N, V)"""
-    T = batch.ids.shape[1]
+    """`target_logits` as the search finds them: a tree's branches after its cached trunk. (N, V)
+
+    Every tree stands there twice, as the search makes rows of its own for the prompts of a tree: a
+    cache that holds more than keys and values shows it.
+    """
+    B, T = batch.ids.shape
     column = torch.arange(T, device=batch.ids.device)
     # The trunk ends before the first node that is deeper in the row than in its prompt.
     P = int((batch.position == column).long().cumprod(1).sum(1).min())
+    twice = torch.arange(B, device=batch.ids.device).repeat(2)  # (2 B,)
     cache = whole_cache(model)
     model(input_ids=batch.ids[:, :P], cache=cache, use_cache=True)
-    inputs = {"input_ids": batch.ids[:, P:], "position_ids": batch.position[:, P:]}
-    inputs |= {"attention_mask": batch.mask[:, :, P:], "cache": cache, "use_cache": True}
+    take_columns(cache, twice, column[:P].expand(2 * B, -1))
+    inputs = {"input_ids": batch.ids[twice, P:], "position_ids": batch.position[twice, P:]}
+    inputs |= {"attention_mask": batch.mask[twice, :, P:], "cache": cache, "use_cache": True}
     return logits_at(model, batch.row, batch.predict_at - P, **inputs)
 
 
