@@ -1507,8 +1507,8 @@ def collate(trees, device="cpu"):
     """Pad trees to one Batch. A padded node attends to itself alone, nothing attends to it.
 
     Separate prompts, padded at the end, need no mask beyond the model's own causal one. A row is
-    padded with its last token: that of a padding token may be a zero embedding, whose derivative
-    behind a norm is NaN, and a mask of attention weights passes NaN on.
+    padded with its last token: the embedding of a padding token may be zero, where some norms have
+    the derivative NaN, and an attention weight of 0 passes NaN on.
     """
     branching = any(map(is_branching, trees))
     T = max(len(tree.ids) for tree in trees)
@@ -1718,7 +1718,8 @@ def load_model(name, cache=None):
     )
     try:
         model, info = read()
-        if not model._can_set_attn_implementation():
+        fixed = not model._can_set_attn_implementation()
+        if fixed and model.config._attn_implementation != "eager":
             # Falcon keeps what it is loaded with, and only eager attention has all derivatives.
             model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -2050,10 +2051,10 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
         branches = [window._replace(stop=stop) for stop in (window.stop - 1, window.stop)]
         trees.append(build_tree(prompts, branches, (0, 1)))
     batch = collate(trees, device)
-    if not mask_replaces_windows(model, longest_prompt(prompts, windows)):
-        return False
     model.eval()
     try:
+        if not mask_replaces_windows(model, longest_prompt(prompts, windows)):
+            return False
         error, blind = packing_error(model, batch)
         if error >= tolerance:
             return False
@@ -2068,7 +2069,7 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
 
 
 def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
-    """`prompts` as the model can take them: packed if it follows a tree's mask, else alone.
+    """`prompts` as the model can take them: packed if a tree gives what each gives, else alone.
 
     windows: all that will be trained on or evaluated, for the longest decide. A model that cannot
     read their longest prompt even alone is an InputError.
@@ -2087,7 +2088,7 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
     if supports_packing(model, prompts, windows, device):
         return prompts
     announce(
-        "this model does not follow the mask of packed prompts: each runs by itself, "
+        "this model cannot be given prompts packed into trees: each runs by itself, "
         "which is slower and gives the same"
     )
     return prompts._replace(packed=False)
