@@ -357,7 +357,7 @@ def test_the_step_that_is_tried_leaves_nothing_behind():
     model = random_model("llama", HEAD | {"attention_dropout": 0.5})
     trees = build_trees(PROMPTS, WINDOWS)
     digest, state = data.weights_digest(model), torch.get_rng_state()
-    gdrt.try_update(model, PROMPTS, trees, "llama", gdrt.TrainConfig())
+    gdrt.try_update(model, trees, "llama", gdrt.TrainConfig())
     assert data.weights_digest(model) == digest
     assert torch.equal(torch.get_rng_state(), state)
     assert all(weight.grad is None for weight in model.parameters())
@@ -369,7 +369,7 @@ def test_a_step_that_fails_is_one_sentence():
     model.model.layers[1].register_full_backward_hook(lambda *_: 1 / 0)
     with pytest.raises(InputError, match="--model X: cannot be trained .*choose another model"):
         trees = build_trees(PROMPTS, WINDOWS)
-        gdrt.try_update(model, PROMPTS, trees, "X", gdrt.TrainConfig())
+        gdrt.try_update(model, trees, "X", gdrt.TrainConfig())
 
 
 def test_a_model_that_cannot_read_the_longest_prompt_is_one_sentence():
