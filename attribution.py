@@ -133,6 +133,8 @@ from data import (
     by_length,
     by_shared_prefix,
     collate,
+    embeds_inputs,
+    experts,
     limit_onednn_cache,
     load_run,
     log_softmax_over,
@@ -172,14 +174,25 @@ def mean_embedding(embedding):
 
 @contextlib.contextmanager
 def forward_mode(model):
-    """Evaluation mode, no gradient graph, eager attention: fused kernels have no forward mode."""
+    """Evaluation mode, no gradient graph, and no fused kernels, which have no forward mode."""
     training = model.training
     model.eval()
     try:
-        with attention(model, "eager"), torch.no_grad():
+        with attention(model, "eager"), experts(model, "eager"), torch.no_grad():
             yield
     finally:
         model.train(training)
+
+
+def has_derivative(model, prompts, windows, device="cpu"):
+    """Can the model be asked for `segment_gradient`? Tried on one prompt."""
+    batch = collate(build_trees(prompts, windows[:1]), device)
+    try:
+        with forward_mode(model):
+            found = segment_gradient(model, batch, (USER,), points=1)  # (N,)
+    except NotImplementedError:  # an operation without a rule for forward mode
+        return False
+    return bool(found.isfinite().all())
 
 
 class FastForwardAD(TorchFunctionMode):
@@ -459,9 +472,8 @@ def token_attribution(
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
         row = torch.arange(R, device=device).repeat_interleave(N)
-        logits = logits_at(
-            model, row, one.predict_at.repeat(R), inputs_embeds=embeds, use_cache=False
-        )
+        inputs = embeds_inputs(model, one.ids.expand(R, -1), embeds)
+        logits = logits_at(model, row, one.predict_at.repeat(R), use_cache=False, **inputs)
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
     values = torch.zeros(N, T, device=device)

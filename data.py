@@ -130,6 +130,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 MIN_POSITIVES = 5  # a user with fewer is dropped: leave-one-out needs three windows of her
@@ -1508,7 +1509,9 @@ class Batch(NamedTuple):
 def collate(trees, device="cpu"):
     """Pad trees to one Batch. A padded node attends to itself alone, nothing attends to it.
 
-    Separate prompts, padded at the end, need no mask beyond the model's own causal one.
+    Separate prompts, padded at the end, need no mask beyond the model's own causal one. A row is
+    padded with its last token: the embedding of a padding token may be zero, where some norms have
+    the derivative NaN, and an attention weight of 0 passes NaN on.
     """
     branching = any(map(is_branching, trees))
     T = max(len(tree.ids) for tree in trees)
@@ -1522,6 +1525,10 @@ def collate(trees, device="cpu"):
             row[: len(tree.ids)] = getattr(tree, name)
         return padded
 
+    ids = pad("ids")
+    for row, tree in zip(ids, trees):
+        row[len(tree.ids) :] = tree.ids[-1]
+
     def tensor(array):
         return torch.from_numpy(array).to(device)
 
@@ -1534,7 +1541,7 @@ def collate(trees, device="cpu"):
         mask = tensor(np.where(allowed, np.float32(0), np.finfo(np.float32).min))
     targets = [len(tree.predict_at) for tree in trees]
     return Batch(
-        ids=tensor(pad("ids")),
+        ids=tensor(ids),
         mask=mask,
         position=tensor(pad("position")),
         segment=tensor(pad("segment")),
@@ -1558,6 +1565,17 @@ def attention(model, implementation):
         model.set_attn_implementation(before)
 
 
+@contextlib.contextmanager
+def experts(model, implementation):
+    """Inside, a mixture of experts runs 'eager', one after the other, or another implementation."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
 def logits_at(model, row, column, **inputs):
     """Logits (N, V) at nodes (row[n], column[n]) of the model's (B, T).
 
@@ -1573,9 +1591,20 @@ def logits_at(model, row, column, **inputs):
         select.remove()
 
 
+def embeds_inputs(model, ids, embeds):
+    """What a model is given to read embeds (B, T, D) where tokens ids (B, T) stand.
+
+    Gemma 3n looks tokens up once more, for every layer: those embeddings stay the tokens' own.
+    """
+    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales in place what it is given
+    if model.config.get_text_config().model_type == "gemma3n_text":
+        inputs["per_layer_inputs"] = model.get_decoder().get_per_layer_inputs(ids)
+    return inputs
+
+
 def target_logits(model, batch, embeds=None):
     """Logits (N, V) of a batch's targets. embeds: (B, T, D) instead of the input embeddings."""
-    inputs = {"input_ids": batch.ids} if embeds is None else {"inputs_embeds": embeds}
+    inputs = {"input_ids": batch.ids} if embeds is None else embeds_inputs(model, batch.ids, embeds)
     if batch.mask is not None:
         inputs["attention_mask"] = batch.mask
         inputs["position_ids"] = batch.position
@@ -1687,15 +1716,19 @@ def load_model(name, cache=None):
     transformers.logging.disable_progress_bar()
     # The Hub's retries stay quiet: our sentence says what came of them.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    read = functools.partial(
+        AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32, output_loading_info=True
+    )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = read()
+        fixed = not model._can_set_attn_implementation()
+        if fixed and model.config._attn_implementation != "eager":
+            # Falcon keeps what it is loaded with, and only eager attention has all derivatives.
+            model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a file of somebody else makes it raise
-        reason = normalize_text(str(error))[:200] or type(error).__name__
         raise InputError(
-            f"--model {name}: cannot be loaded ({reason}); "
+            f"--model {name}: cannot be loaded ({reason_of(error)}); "
             "give tiny, smollm2-135m, a Hub id or a folder"
         ) from None
     check_model(name, model, tokenizer, info["missing_keys"])
@@ -1721,16 +1754,49 @@ def check_model(name, model, tokenizer, missing=()):
         )
     try:
         ahead = looks_ahead(model)
+        reads = reads_tokens(model, tokenizer.all_special_ids)
     except Exception as error:
-        reason = normalize_text(str(error))[:200] or type(error).__name__
         raise InputError(
-            f"--model {name}: cannot be run on embeddings alone ({reason}); choose another model"
+            f"--model {name}: cannot be run on embeddings alone ({reason_of(error)}); "
+            "choose another model"
         ) from None
+    if reads:
+        raise InputError(
+            f"--model {name}: reads the tokens beside their embeddings, which attribution could "
+            "not move; choose another model"
+        )
     if ahead:
         raise InputError(
             f"--model {name}: a later token changes an earlier prediction, so this is no causal "
             "language model; choose a decoder"
         )
+
+
+def reason_of(error):
+    """What an exception of somebody else's code says, short enough for one sentence."""
+    return normalize_text(str(error))[:200] or type(error).__name__
+
+
+@torch.no_grad()
+def reads_tokens(model, special=(), length=12):
+    """Does the model make another thing of tokens than of their embeddings alone?
+
+    What is allowed is a hundredth of what halving the embeddings changes; Gemma 4, which finds the
+    tokens of embeddings to look them up again, raises on the halved ones. special: tokens to leave
+    out, for padding may be seen by its id.
+    """
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(embedding.weight.shape[0], (10 * length,), generator=generator)
+    ids = ids[~torch.isin(ids, torch.tensor(special))][None, :length].to(embedding.weight.device)
+    training = model.training
+    model.eval()
+    of_tokens = model(input_ids=ids, use_cache=False).logits  # (1, length, V)
+    embeds = embedding(ids)  # (1, length, D)
+    alone = model(use_cache=False, **embeds_inputs(model, ids, embeds)).logits
+    halved = model(use_cache=False, **embeds_inputs(model, ids, embeds / 2)).logits
+    model.train(training)
+    return bool((of_tokens - alone).abs().max() > 0.01 * (halved - alone).abs().max())
 
 
 @torch.no_grad()
@@ -1860,10 +1926,64 @@ def is_complete(folder):
 
 
 def positions(model):
-    """How many positions a model has: the smallest of what its config says, else a million."""
+    """How many tokens a model can read: the first of what its config says, else a million."""
     config = model.config.get_text_config()
     names = "max_position_embeddings", "n_positions", "max_seq_len"
-    return next((n for name in names if (n := getattr(config, name, None))), 10**6)
+    n = next((n for name in names if (n := getattr(config, name, None))), 10**6)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from the row behind that of padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return n - module.padding_idx - 1
+    return n
+
+
+def longest_windows(prompts, windows, n=2):
+    """The n windows of most history, in tokens, each with the longest title as its target."""
+    size = [len(title) + len(prompts.separator) for title in prompts.titles]
+    target = max(range(len(size)), key=lambda item: size[item])
+
+    def length(window):
+        return sum(size[item] for item in window.items[window.start : window.stop])
+
+    chosen = heapq.nlargest(n, windows, key=length)
+    return [window._replace(items=window.items[: window.stop] + (target,)) for window in chosen]
+
+
+def longest_prompt(prompts, windows):
+    """Tokens of the longest prompt with its title: no model is given more."""
+    ids, _, _ = one_prompt(prompts, longest_windows(prompts, windows, 1)[0])
+    return min(len(ids) - 1, prompts.max_positions)  # EOS is predicted and never read
+
+
+def mask_replaces_windows(model, length):
+    """May a mask of ours stand for the model's own, where no prompt has more than `length` tokens?
+
+    It takes the place of every layer's own mask, so each layer's window must hold a whole prompt.
+    GPT-Neo's local layers keep theirs, which counts the columns of a tree.
+    """
+    if "local" in getattr(model.config, "attention_layers", ()):
+        return False
+    cache = DynamicCache(config=model.config)
+    sliding = [layer for layer, slides in zip(cache.layers, cache.is_sliding) if slides]
+    return length <= min((layer.sliding_window for layer in sliding), default=length)
+
+
+def whole_cache(model):
+    """An empty KV cache in which every layer keeps all keys: a window's would drop the oldest."""
+    cache = DynamicCache(config=model.config)
+    for i, slides in enumerate(cache.is_sliding):
+        if slides:
+            cache.layers[i] = DynamicLayer()
+    return cache
+
+
+def take_columns(cache, row, column):
+    """Leave B rows of P columns in a cache: those of its rows `row` (B,) at `column` (B, P)."""
+    for layer in cache.layers:
+        if layer.keys is not None:  # some layers of Gemma 3n look at the keys of others
+            # (rows, heads, columns, D) -> (B, heads, P, D)
+            layer.keys = layer.keys[row[:, None], :, column].transpose(1, 2)
+            layer.values = layer.values[row[:, None], :, column].transpose(1, 2)
 
 
 def causal_mask(batch):
@@ -1885,9 +2005,29 @@ def enlarged(model, factor):
             weight.mul_(1 / factor)
 
 
+def cached_logits(model, batch):
+    """`target_logits` as the search finds them: a tree's branches after its cached trunk. (N, V)
+
+    Every tree stands there twice, as the search makes rows of its own for the prompts of a tree: a
+    cache that holds more than keys and values shows it.
+    """
+    B, T = batch.ids.shape
+    column = torch.arange(T, device=batch.ids.device)
+    # The trunk ends before the first node that is deeper in the row than in its prompt.
+    P = int((batch.position == column).long().cumprod(1).sum(1).min())
+    twice = torch.arange(B, device=batch.ids.device).repeat(2)  # (2 B,)
+    cache = whole_cache(model)
+    model(input_ids=batch.ids[:, :P], cache=cache, use_cache=True)
+    take_columns(cache, twice, column[:P].expand(2 * B, -1))
+    inputs = {"input_ids": batch.ids[twice, P:], "position_ids": batch.position[twice, P:]}
+    inputs |= {"attention_mask": batch.mask[twice, :, P:], "cache": cache, "use_cache": True}
+    return logits_at(model, batch.row, batch.predict_at - P, **inputs)
+
+
 def packing_error(model, batch):
     """(what packing changes, what a wrong mask would change): largest differences in nats."""
     packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
+    cached = cached_logits(model, batch).log_softmax(-1)
     wrong = target_logits(model, batch._replace(mask=causal_mask(batch))).log_softmax(-1)
     error = 0.0
     blind = 0.0
@@ -1895,6 +2035,7 @@ def packing_error(model, batch):
         path = batch.mask[row, 0, node] == 0
         alone = model(batch.ids[row, path][None], use_cache=False).logits[0, -1].log_softmax(-1)
         error = max(error, float((alone - packed[n]).abs().max()))
+        error = max(error, float((alone - cached[n]).abs().max()))
         blind = max(blind, float((alone - wrong[n]).abs().max()))
     return error, blind
 
@@ -1903,22 +2044,20 @@ def packing_error(model, batch):
 def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
     """Does the model give a tree's targets the log-probabilities of the separate prompts?
 
-    Checked on the two longest histories, in tokens, as branching trees. The difference must be
-    under `tolerance` (nats) and a hundredth of what a wrong mask changes. A model of small
-    weights hardly attends and would pass however it treats the mask: it is checked enlarged.
+    Checked on the two longest histories, in tokens, as branching trees, the way training runs them
+    and the way the search does. The difference must be under `tolerance` (nats) and a hundredth of
+    what a wrong mask changes. A model of small weights hardly attends and would pass however it
+    treats the mask: it is checked enlarged.
     """
-    size = [len(title) for title in prompts.titles]
-
-    def length(window):
-        return sum(size[item] for item in window.items[window.start : window.stop])
-
     trees = []
-    for window in heapq.nlargest(2, windows, key=length):
+    for window in longest_windows(prompts, windows):
         branches = [window._replace(stop=stop) for stop in (window.stop - 1, window.stop)]
         trees.append(build_tree(prompts, branches, (0, 1)))
     batch = collate(trees, device)
     model.eval()
     try:
+        if not mask_replaces_windows(model, longest_prompt(prompts, windows)):
+            return False
         error, blind = packing_error(model, batch)
         if error >= tolerance:
             return False
@@ -1926,18 +2065,33 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
             if blind < 0.1:
                 with enlarged(model, factor):
                     error, blind = packing_error(model, batch)
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         # It expects another shape of mask, or knows no position ids.
         return False
     return error < 0.01 * blind
 
 
 def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
-    """`prompts` as the model can take them: packed if it follows a tree's mask, else alone."""
+    """`prompts` as the model can take them: packed if a tree gives what each gives, else alone.
+
+    windows: all that will be trained on or evaluated, for the longest decide. A model that cannot
+    read their longest prompt even alone is an InputError.
+    """
+    longest = build_tree(prompts, longest_windows(prompts, windows, 1), [0])
+    try:
+        with torch.no_grad():
+            target_logits(model.eval(), collate([longest], device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"--model: cannot read the longest prompt, {len(longest.ids)} tokens "
+            f"({reason_of(error)}); choose another model"
+        ) from None
     if supports_packing(model, prompts, windows, device):
         return prompts
     announce(
-        "this model does not follow the mask of packed prompts: each runs by itself, "
+        "this model cannot be given prompts packed into trees: each runs by itself, "
         "which is slower and gives the same"
     )
     return prompts._replace(packed=False)

@@ -97,9 +97,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
-from attribution import attributions, format_table
+from attribution import attributions, format_table, has_derivative
 from data import (
     Window,
     build_trees,
@@ -116,6 +115,7 @@ from data import (
     read_json,
     run_command,
     target_logits,
+    whole_cache,
     write_atomic,
 )
 
@@ -344,7 +344,7 @@ class CachedPrompts:
         self.model = model
         self.radix = radix
         self.feed = feed
-        self.cache = DynamicCache(config=model.config)
+        self.cache = whole_cache(model)
         inputs = {"input_ids": batch.ids, "cache": self.cache, "use_cache": True}
         self.logits = logits_at(model, batch.row, batch.predict_at, **inputs)
         self.start = batch.predict_at + 1  # (B,) position of a title's first token
@@ -657,8 +657,9 @@ def audit(
     ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
     Auxiliary share over all tokens and first tokens, by group and by place in the title: by
     ablation, with the softmax over the vocabulary ('ablation') and over legal continuations ('legal
-    ablation'), and by gradient on every fifth window, since it costs most. NDCG@10 lost when
-    histories are shuffled between users (seen titles stay the user's own).
+    ablation'), and by gradient on every fifth window, since it costs most; not at all where the
+    model has no forward-mode derivative. NDCG@10 lost when histories are shuffled between users
+    (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows = [windows[i] for i in chosen]
@@ -669,12 +670,13 @@ def audit(
     aux, user, legal_aux, legal_user, *token = measure(
         trees, "ablation", softmaxes, note="audit (ablation)"
     )
-    fifth = build_trees(prompts, windows[::5])
     measured = {
         "ablation": (aux, user, *token),
         "legal ablation": (legal_aux, legal_user, *token),
-        "gradient": measure(fifth, note="audit (gradient)"),
     }
+    if has_derivative(model, prompts, windows, device):
+        fifth = build_trees(prompts, windows[::5])
+        measured["gradient"] = measure(fifth, note="audit (gradient)")
     for name, (aux, user, item, place, _) in measured.items():
         of_token = None if group is None else group[item, place]
         result[name] = auxiliary_shares(aux, user, place, of_token, n_groups)
@@ -1145,8 +1147,9 @@ def audit_table(audits):
     for name, audit in audits.items():
         shares = []
         for method in ("ablation", "legal ablation", "gradient"):
-            shares.append(fmt(audit[method]["auxiliary share"]))
-            shares.append(fmt(audit[method]["auxiliary share first"]))
+            found = audit.get(method, {})  # some models have no gradient
+            shares.append(fmt(found.get("auxiliary share")))
+            shares.append(fmt(found.get("auxiliary share first")))
         share = audit["ablation"]["auxiliary share"]
         ratio = f"{share / (1 - share):.2f} : 1" if share < 1 else "all"
         lost = fmt(audit["NDCG@10 lost by shuffled histories"], 4)

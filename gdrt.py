@@ -183,6 +183,7 @@ from attribution import (
     cut_groups,
     diagnose,
     format_table,
+    has_derivative,
     name_items,
     relevance,
     token_attribution,
@@ -206,6 +207,7 @@ from data import (
     normalize_text,
     positions,
     read_json,
+    reason_of,
     save_model,
     start_model,
     target_logits,
@@ -638,7 +640,50 @@ def prepare(args, dataset, cfg):
         raise InputError(
             f"--groups {args.groups}: the titles to predict have {tokens} tokens; use fewer groups"
         )
+    if args.relevance == "gradient" and not has_derivative(model, prompts, windows, cfg.device):
+        raise InputError(
+            f"--relevance gradient: {args.model} has an operation without a forward-mode "
+            "derivative; add --relevance ablation"
+        )
+    try_update(model, trees, args.model, cfg)
     return Setup(model, tokenizer, prompts, windows, trees, batches, warmup)
+
+
+def try_update(model, trees, name, cfg):
+    """One forward and backward before anything is spent: a model that cannot is an InputError.
+
+    Weights, gradients and the random state are left as they were.
+    """
+    batch = collate([max(trees, key=lambda tree: len(tree.ids))], cfg.device)
+    failed = gradient_failure(model, batch, cfg)
+    if failed is None:
+        return
+    advice = "choose another model"
+    slower = cfg._replace(precision="fp32")
+    if cfg != slower and gradient_failure(model, batch, slower) is None:
+        advice = "add --precision fp32"
+    raise InputError(f"--model {name}: cannot be trained ({reason_of(failed)}); {advice}")
+
+
+def gradient_failure(model, batch, cfg):
+    """The exception that forward and backward of a batch raise, or None."""
+    devices = range(torch.cuda.device_count()) if cfg.device == "cuda" else ()
+    kind = torch.device(cfg.device).type
+    training = model.training
+    model.train()
+    try:
+        with torch.random.fork_rng(devices), attention(model, training_attention(model, cfg)):
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+                logits = target_logits(model, batch)
+            logits.float().logsumexp(-1).mean().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the code of somebody else's model raises
+        return error
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+    return None
 
 
 def draw_windows(windows, limit, seed):
