@@ -1,14 +1,19 @@
-"""What the three relevances say of one run, before and after its warm-up: rank correlations and the NLL of their groups.
+"""How good is a relevance: against planted truth, between seeds, in training; and of one run.
 
-    python benchmarks/relevance.py runs/ml-100k-tiny-seed0/gdrt          into results/relevance.json
-    python benchmarks/relevance.py runs/toy-tiny-seed0/gdrt --out FILE   and how well they find the bias that was planted
-    python benchmarks/relevance.py RUN --others OTHER ...                and whether other seeds' warm-ups agree with it
+    python benchmarks/relevance.py --shop                     toy: every definition, five seeds, and
+                                                              trainings; into relevance-shop.json
+    python benchmarks/relevance.py RUN                        into results/relevance.json
+    python benchmarks/relevance.py RUN --others OTHER ...     do other seeds' warm-ups agree with it
 
-Why the warm-up: to a model that has never seen users, the two groups least relevant to auxiliary tokens are about equally
-unknown: neither is worse served for lack of the user.
+RUN is a loss's folder, such as runs/ml-100k-tiny-seed0/gdrt: it tells of one run's three
+relevances, before and after its warm-up, how they correlate and what the NLL of their groups is.
+To a model that has never seen users, the two groups least relevant to auxiliary tokens are about
+equally unknown: hence the warm-up. Agreement is told of the tokens with a choice; a token with one
+continuation is in the last group for all.
 
-How steady: relevance is measured again on another sample of training windows, and on the warm-ups of other runs. What
-the two have in common is told of the tokens with a choice; a token with one continuation is group 3 to all.
+--shop measures every path's attribution once (`measure`) and derives all definitions from these
+(`definitions`). It keeps what is done in --work, so the same command goes on after an interruption.
+Its trainings are evaluated on validation windows alone.
 """
 
 import argparse
@@ -22,46 +27,66 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import quality
 import tables
 import torch
+import torch.autograd.forward_ad as forward_ad
 from quality import planted
 
+import gdrt
 from attribution import (
+    AUXILIARY,
     POINTS,
+    FastForwardAD,
     attributions,
     cut_groups,
     format_table,
+    forward_mode,
+    label_log_prob,
+    log_prob_derivative,
     mean_by_place,
+    path_ends,
     ratio,
     relevance,
     sample_windows,
 )
 from data import (
+    USER,
     InputError,
+    announce,
     build_trees,
+    by_length,
+    collate,
+    legal_tokens,
     limit_onednn_cache,
     load_run,
     read_json,
     run_command,
     start_model,
+    target_logits,
     write_atomic,
 )
-from evaluate import by_group, token_nlls
+from evaluate import by_group, evaluate_model, token_nlls
 from gdrt import environment
 
 METHODS = "gradient", "ablation", "probability"
 
 
+# ------------------------------------------------------------------------------------------------
+# statistics
+
+
 def rank_correlation(a, b, weight):
-    """Spearman's correlation of a and b (n,), each entry counted weight (n,) times, ties by mean rank."""
+    """Spearman's correlation of a and b (n,), each entry counted weight (n,) times, mean ranks."""
 
     def ranks(x):
         _, index = np.unique(x, return_inverse=True)
         mass = np.bincount(index, weights=weight)
-        return (np.cumsum(mass) - mass / 2)[index]
+        ranked = (np.cumsum(mass) - mass / 2)[index]
+        return ranked - np.average(ranked, weights=weight)
 
-    a, b = ranks(a), ranks(b)
-    a, b = a - np.average(a, weights=weight), b - np.average(b, weights=weight)
+    a = ranks(a)
+    b = ranks(b)
     return float((weight * a * b).sum() / np.sqrt((weight * a * a).sum() * (weight * b * b).sum()))
 
 
@@ -71,34 +96,369 @@ def area_under_curve(values, positive):
     return float(((above > 0) + (above == 0) / 2).mean())
 
 
-def found_bias(model, prompts, dataset, found, choice, steps, seed):
-    """{what r is: [AUC with which it tells toy's biased tokens from those a user's taste decides, of all and of those with a choice]}."""
-    trees = build_trees(prompts, sample_windows(dataset.train, seed))
-    aux, user, item, step, _ = attributions(model, trees, points=steps)
-    found = found | {
-        "gradient, full vocabulary": mean_by_place(ratio(aux, user), item, step, prompts)
-    }
-    biased = planted(dataset, prompts) > 0
-    return {
-        name: [area_under_curve(r[of], biased[of]) for of in (~np.isnan(r), ~np.isnan(r) & choice)]
-        for name, r in found.items()
-    }
-
-
 def with_choice(r, prompts):
-    """(items, L) bool: the target tokens, those with a relevance r (items, L), that have more than one continuation."""
+    """(items, L) bool: tokens with a relevance r (items, L) and more than one continuation."""
     return ~np.isnan(r) & (np.diff(prompts.trie.first)[prompts.trie.path[:, :-1]] > 1)
 
 
-def frequency(dataset, of):
-    """Training windows that have each token of the mask `of` (items, L) -> (n,)."""
-    times = np.bincount([w.items[w.stop] for w in dataset.train], minlength=len(dataset.titles))
+def frequency(windows, of):
+    """Windows that have each token of the mask `of` (items, L) as a target -> (n,)."""
+    times = np.bincount([w.items[w.stop] for w in windows], minlength=len(of))
     return np.broadcast_to(times[:, None], of.shape)[of].astype(float)
+
+
+def bias_found(r, prompts, dataset):
+    """AUC with which r tells toy's biased tokens from those of taste: [all, with a choice]."""
+    biased = planted(dataset, prompts) > 0
+    masks = ~np.isnan(r), with_choice(r, prompts)
+    return [area_under_curve(r[of], biased[of]) for of in masks]
+
+
+def agreement_of(a, b, prompts, windows):
+    """[rank correlation, share in the same of 4 groups, that share by chance] of r a and b.
+
+    Of the tokens that have both and a choice; a, b: (items, L).
+    """
+    of = with_choice(a, prompts) & ~np.isnan(b)
+    weight = frequency(windows, of)
+    groups = [cut_groups(r, windows, 4)[0][of] for r in (a, b)]
+    return [rank_correlation(a[of], b[of], weight), *tables.same_group(*groups, weight)]
+
+
+# ------------------------------------------------------------------------------------------------
+# the shop: attributions by every path, measured once
+
+SEEDS = 5
+FLOORS = 0.0, 0.1, 0.25, 0.5, 1.0
+# The square of log p with and without the auxiliary tokens and the user has four edges.
+EDGES = "auxiliary", "user", "auxiliary without user", "user without auxiliary"
+SOFTMAXES = "full vocabulary", "legal"
+
+
+def along_edge(model, batch, moving, held, legal, points=POINTS):
+    """`segment_gradient` with the segment `held` at the baseline -> (softmaxes, N) nats."""
+    E, delta = path_ends(model, batch, moving)
+    E = E - path_ends(model, batch, held)[1]
+    total = 0
+    for j in range(points):
+        s = (j + 0.5) / points
+        with forward_ad.dual_level(), FastForwardAD():
+            dual = forward_ad.make_dual(E - (1 - s) * delta, delta)
+            logits, tangent = forward_ad.unpack_dual(target_logits(model, batch, embeds=dual))
+        some = [log_prob_derivative(logits, tangent, batch.label, tokens) for tokens in legal]
+        total = total + torch.stack(some)
+    return total / points
+
+
+def edges_by_gradient(model, batch, legal):
+    """((4, softmaxes, N) nats along EDGES, seconds of each edge)."""
+    user = (USER,)
+    ends = (AUXILIARY, ()), (user, ()), (AUXILIARY, user), (user, AUXILIARY)
+    edges = []
+    seconds = []
+    for moving, held in ends:
+        began = time.perf_counter()
+        edges.append(along_edge(model, batch, moving, held, legal))
+        seconds.append(time.perf_counter() - began)
+    return torch.stack(edges), seconds
+
+
+def edges_by_ablation(model, batch, legal):
+    """((4, softmaxes, N) nats along EDGES, seconds of each corner); three corners serve `ratio`."""
+    E, _ = path_ends(model, batch, ())
+    corners = []
+    seconds = []
+    for ablated in ((), AUXILIARY, (USER,), (*AUXILIARY, USER)):
+        began = time.perf_counter()
+        logits = target_logits(model, batch, E - path_ends(model, batch, ablated)[1])  # (N, V)
+        corners.append(torch.stack([label_log_prob(logits, batch.label, some) for some in legal]))
+        seconds.append(time.perf_counter() - began)
+    both, user, auxiliary, neither = corners  # named by what is present
+    edges = both - user, both - auxiliary, auxiliary - neither, user - neither
+    return torch.stack(edges), seconds
+
+
+def measure(model, prompts, windows, method):
+    """{"edges" (4, softmaxes, N), "item", "place", "window" (N,), "seconds" (4,)} on windows."""
+    along = edges_by_gradient if method == "gradient" else edges_by_ablation
+    trees = build_trees(prompts, windows)
+    parts = []
+    seconds = np.zeros(len(EDGES))
+    with forward_mode(model):
+        for indices in by_length(trees):
+            batch = collate([trees[i] for i in indices])
+            edges, spent = along(model, batch, (None, legal_tokens(batch, prompts.trie)))
+            seconds += spent
+            parts.append((edges.double(), batch.item, batch.place, batch.window))
+    joined = [torch.cat(part, dim=-1).numpy() for part in zip(*parts)]
+    return dict(zip(("edges", "item", "place", "window"), joined)) | {"seconds": seconds}
+
+
+def kept_measure(path, prepare, windows, method):
+    """`measure` from the file at path, or anew; prepare: () -> (model, prompts) to be measured."""
+    if not path.exists():
+        model, prompts = prepare()
+        found = measure(model, prompts, windows, method)
+        write_atomic(path, lambda file: np.savez(file, **found))
+        announce(f"{path.name}: {found['seconds'].sum():.0f} s")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+# ------------------------------------------------------------------------------------------------
+# the shop: definitions of relevance
+
+
+def quotient(aux, user, floor):
+    """`ratio`, with 0 / 0 = 1 where there is no floor."""
+    none = (aux == 0) & (user == 0)
+    return np.where(none, 1.0, ratio(np.where(none, 1.0, aux), user, floor))
+
+
+def definitions(found, method, prompts, keep=None):
+    """{definition: (r (items, L), seconds)} of what `measure` found, of the tokens keep (N,)."""
+    keep = np.ones(len(found["item"]), dtype=bool) if keep is None else keep
+    place = found["item"][keep], found["place"][keep]
+    plain = 2 if method == "gradient" else 3
+    result = {}
+    for n, softmax in enumerate(SOFTMAXES):
+        aux, user, aux_alone, user_alone = found["edges"][:, n, keep]
+        pairs = {
+            method: (aux, user, found["seconds"][:plain].sum()),
+            f"{method}, Shapley": ((aux + aux_alone) / 2, (user + user_alone) / 2, None),
+        }
+        for name, (a, u, seconds) in pairs.items():
+            seconds = found["seconds"].sum() if seconds is None else seconds
+            name += "" if softmax == "legal" else f", {softmax}"
+            for floor in FLOORS:
+                r = mean_by_place(quotient(a, u, floor), *place, prompts)
+                result[f"{name}, floor {floor:g}"] = r, seconds
+            if softmax == "legal":
+                means = [mean_by_place(np.abs(x), *place, prompts) for x in (a, u)]
+                result[f"{name}, ratio of means, floor 0.5"] = ratio(*means), seconds
+                result[f"{name}, minus |A_user| alone"] = -means[1], seconds
+    return result
+
+
+GDRT = {name: gdrt.parser().get_default(name) for name in ("tau", "prior", "groups", "relevance")}
+CONTROLS = "random order", "planted order"
+TRAINED = {  # row: definition that its groups are of
+    "SFT": None,
+    "default": "gradient, floor 0.5",
+    "no floor": "gradient, floor 0",
+    "Shapley": "gradient, Shapley, floor 0.5",
+    "regrouped": "gradient, floor 0.5",
+    # Random within the tokens with a choice; and the same with bestsellers above taste.
+    "random order": "random order",
+    "planted order": "planted order",
+}
+
+
+class Shop:
+    """What the study does with one seed of toy: its start, what is measured, what is trained."""
+
+    def __init__(self, seed, folder, cache):
+        self.seed, self.folder = seed, folder
+        run = quality.make_run("sft", quality.SETTINGS["toy-shop"], seed)
+        paths = {"paths": {}, "data_dir": None, "cache": cache}
+        options = argparse.Namespace(**paths, device="cpu", precision="auto")
+        self.begun = quality.begin(run["arguments"], options)
+        self.arguments = run["arguments"]
+        self.model, _, self.prompts, self.windows, *_ = self.begun.setup
+        self.dataset = self.begun.dataset
+        self.sample = sample_windows(self.windows, seed)
+
+    def after_warmup(self):
+        self.model.load_state_dict(self.begun.warm)
+        return self.model, self.prompts
+
+    def after_epoch(self):
+        """GDRT as it is by default, stopped at the end of the first epoch."""
+        setup = self.begun.setup
+        span = setup.warmup, len(setup.batches) // self.arguments["epochs"]
+        self.train(self.groups("gradient, floor 0.5"), span, self.folder / f"epoch-{self.seed}")
+        return self.model, self.prompts
+
+    def train(self, group, span, folder, checkpoint=None, rule=None, n_groups=4):
+        begin = checkpoint or Path(self.begun.folder.name) / "warmup" / "checkpoint.pt"
+        rule = rule or gdrt.gdrt_rule(GDRT["tau"], GDRT["prior"])
+        rest = span, group, rule, n_groups, folder, begin
+        return quality.train_span(self.begun.setup, self.begun.cfg, *rest)
+
+    def measured(self, moment, method):
+        """`measure` on the greedy sample, or on all windows."""
+        windows = self.windows if moment == "all windows" else self.sample
+        prepare = self.after_epoch if moment == "epoch 1" else self.after_warmup
+        path = self.folder / f"seed{self.seed}-{moment.replace(' ', '-')}-{method}.npz"
+        return kept_measure(path, prepare, windows, method)
+
+    def relevances(self, moment):
+        """{definition: (r (items, L), seconds)} at a moment: warm-up, epoch 1 or all windows."""
+        if moment == "all windows":
+            found = self.measured(moment, "ablation")
+            draw = np.random.default_rng(self.seed).permutation(len(self.windows))
+            half = draw[: len(draw) // 2]
+            result = {}
+            for name, keep in (("all", None), ("half", np.isin(found["window"], half))):
+                share = 1 if name == "all" else 0.5
+                for key, (r, s) in definitions(found, "ablation", self.prompts, keep).items():
+                    result[f"{key}, {name} of the windows"] = r, s * share
+            return result
+        result = {}
+        for method in ("gradient", "ablation"):
+            result |= definitions(self.measured(moment, method), method, self.prompts)
+        if moment == "warm-up":
+            began = time.perf_counter()
+            r = relevance(*self.after_warmup(), self.windows, "probability")
+            result["probability"] = r, time.perf_counter() - began
+        return result
+
+    def groups(self, name, moment="warm-up"):
+        """Groups (items, L) by a definition, or by one of CONTROLS among tokens with a choice."""
+        known = "gradient, floor 0.5" if name in CONTROLS else name
+        r = definitions(self.measured(moment, "gradient"), "gradient", self.prompts)[known][0]
+        if name in CONTROLS:
+            choice = with_choice(r, self.prompts)
+            r[choice] = np.random.default_rng(self.seed).random(choice.sum()) / 4
+            if name == "planted order":
+                r[choice] += planted(self.dataset, self.prompts)[choice] / 4
+        return cut_groups(r, self.windows, 4)[0]
+
+    def trained(self, row):
+        """Metrics on validation windows of a training, from its file or anew."""
+        path = self.folder / f"seed{self.seed}-{row.replace(' ', '-')}.json"
+        if not path.exists():
+            seconds = self.train_row(row)
+            truth = planted(self.dataset, self.prompts).astype(int)
+            valid = self.dataset.valid
+            metrics = evaluate_model(self.model, self.prompts, self.dataset, valid, truth, 2)[0]
+            write_atomic(path, json.dumps(metrics | {"seconds": seconds}))
+            announce(f"{path.name}: NDCG@10 {metrics['NDCG@10']:.4f}, {seconds:.0f} s")
+        return read_json(path)
+
+    def train_row(self, row):
+        batches = self.begun.setup.batches
+        span = self.begun.setup.warmup, len(batches)
+        if row == "SFT":
+            group = np.zeros(quality.title_shape(self.prompts), dtype=int)
+            return self.train(group, span, None, rule=gdrt.sft_rule, n_groups=1)
+        if row != "regrouped":
+            return self.train(self.groups(TRAINED[row]), span, None)
+        self.after_epoch()
+        epoch = self.folder / f"epoch-{self.seed}"
+        span = len(batches) // self.arguments["epochs"], len(batches)
+        group = self.groups(TRAINED[row], "epoch 1")
+        return self.train(group, span, None, epoch / "checkpoint.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# the shop: the study
+
+
+def describe_definition(by_seed, shops):
+    """AUC of each seed, agreement of every pair of seeds, mean seconds. by_seed: [(r, seconds)]."""
+    prompts, windows = shops[0].prompts, shops[0].windows
+    rs = [r for r, _ in by_seed]
+    found = [bias_found(r, prompts, shops[0].dataset) for r in rs]
+    pairs = [agreement_of(a, b, prompts, windows) for a, b in itertools.combinations(rs, 2)]
+    return {
+        "AUC": [round(of_all, 4) for of_all, _ in found],
+        "AUC with a choice": [round(of_choice, 4) for _, of_choice in found],
+        "rank correlation of seeds": [round(pair[0], 4) for pair in pairs],
+        "same group": [round(pair[1], 4) for pair in pairs],
+        "same group by chance": [round(pair[2], 4) for pair in pairs],
+        "seconds": round(float(np.mean([seconds for _, seconds in by_seed])), 2),
+    }
+
+
+def shop_plan(seeds, training_seeds):
+    """[(seed, kind, name)] of all that is measured and trained, what matters most first."""
+    plan = []
+    for seed in range(seeds):
+        plan += [(seed, "measure", "warm-up")]
+        if seed < training_seeds:
+            plan += [(seed, "train", row) for row in TRAINED]
+        plan += [(seed, "measure", "epoch 1")]
+    return plan + [(seed, "measure", "all windows") for seed in range(seeds)]
+
+
+def shop_study(seeds, training_seeds, folder, cache):
+    """The result of the whole study, for results/relevance-shop.json."""
+    shops = {}
+    training = {row: [] for row in TRAINED}
+    measured = {}  # moment -> definition -> [(r, seconds)]
+    for seed, kind, name in shop_plan(seeds, training_seeds):
+        shops[seed] = shops.get(seed) or Shop(seed, folder, cache)
+        if kind == "train":
+            training[name].append(shops[seed].trained(name))
+            continue
+        by_definition = measured.setdefault(name, {})
+        for definition, found in shops[seed].relevances(name).items():
+            by_definition.setdefault(definition, []).append(found)
+    shops = list(shops.values())
+    described = {}
+    for moment, by_definition in measured.items():
+        described[moment] = {
+            definition: describe_definition(by_seed, shops)
+            for definition, by_seed in by_definition.items()
+        }
+    r = measured["warm-up"]["gradient, floor 0.5"][0][0]
+    choice = with_choice(r, shops[0].prompts)
+    return {
+        "arguments": shops[0].arguments | {"seed": list(range(seeds))} | GDRT,
+        "windows": {"all": len(shops[0].windows), "sample": [len(s.sample) for s in shops]},
+        "tokens": {
+            "all": int((~np.isnan(r)).sum()),
+            "with a choice": int(choice.sum()),
+            "of taste": int((planted(shops[0].dataset, shops[0].prompts)[choice] == 0).sum()),
+        },
+        **environment(),
+        "definitions": described,
+        "training": {row: described_training(found) for row, found in training.items()},
+    }
+
+
+def described_training(found):
+    """{metric: [value of each seed]} of the metrics that `Shop.trained` gave."""
+    names = "NDCG@10", "MGU@5", "NLL", "legal NLL", "seconds"
+    told = {name: [round(metrics[name], 5) for metrics in found] for name in names}
+    for group, name in enumerate(("legal NLL of taste tokens", "legal NLL of biased tokens")):
+        told[name] = [round(metrics["group legal NLL"][group], 5) for metrics in found]
+    return told
+
+
+def shop_tables(result):
+    """The study's tables as text: definitions at each moment, then trainings against SFT."""
+    header = ("AUC, all", "with a choice", "seeds' rank corr.", "same group", "chance", "s")
+    names = "AUC", "AUC with a choice", "rank correlation of seeds", "same group"
+    names += ("same group by chance", "seconds")
+    texts = []
+    for moment, described in result["definitions"].items():
+        rows = []
+        for definition, told in described.items():
+            rows.append((definition, *(f"{np.mean(told[name]):.3f}" for name in names)))
+        texts.append(format_table((f"measured: {moment}", *header), rows))
+    metrics = "NDCG@10", "MGU@5", "legal NLL", "legal NLL of taste tokens"
+    rows = []
+    for row, told in result["training"].items():
+        cells = [f"{np.mean(told[name]):.4f}" for name in metrics]
+        for base in ("SFT", "default"):
+            less = np.subtract(told["NDCG@10"], result["training"][base]["NDCG@10"])
+            mean, low, high = tables.seed_interval(less)
+            cells.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if row != base else "")
+        rows.append((row, *cells))
+    header = "validation", *metrics, "NDCG@10 less SFT", "NDCG@10 less default"
+    return "\n\n".join([*texts, format_table(header, rows)])
+
+
+# ------------------------------------------------------------------------------------------------
+# one run: its three relevances before and after the warm-up
 
 
 def measure_relevance(model, prompts, dataset, steps, seed):
     """({method: r (items, L)}, {method: seconds})."""
-    found, seconds = {}, {}
+    found = {}
+    seconds = {}
     for method in METHODS:
         start = time.perf_counter()
         found[method] = relevance(model, prompts, dataset.train, method, steps, seed)
@@ -106,63 +466,57 @@ def measure_relevance(model, prompts, dataset, steps, seed):
     return found, seconds
 
 
+def full_vocabulary(model, prompts, dataset, steps, seed):
+    """r (items, L) by gradient of log p over the whole vocabulary."""
+    trees = build_trees(prompts, sample_windows(dataset.train, seed))
+    aux, user, item, place, _ = attributions(model, trees, points=steps)
+    return mean_by_place(ratio(aux, user), item, place, prompts)
+
+
 def describe(model, prompts, dataset, found, seconds, steps, seed):
-    """{"correlation": {pair: rho}, "group NLL": {method: [nats a token of the test windows]}, "seconds": {method: s}, toy: "AUC"}."""
-    nll, _, item, step, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
-    groups = {
-        method: by_group(nll, cut_groups(r, dataset.train, 4)[0][item, step], 4)
-        for method, r in found.items()
-    }
-    known, choice = ~np.isnan(found["gradient"]), with_choice(found["gradient"], prompts)
-    pairs = list(itertools.combinations(METHODS, 2))
+    """Correlations of the relevances in pairs, {method: [nats a test token by group]}, seconds.
+
+    On toy also the AUC with which each finds the planted bias.
+    """
+    nll, _, item, place, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
+    groups = {}
+    for method, r in found.items():
+        group = cut_groups(r, dataset.train, 4)[0]
+        groups[method] = by_group(nll, group[item, place], 4)
 
     def correlations(of):
-        return {
-            f"{a}, {b}": rank_correlation(found[a][of], found[b][of], frequency(dataset, of))
-            for a, b in pairs
-        }
+        weight = frequency(dataset.train, of)
+        pairs = itertools.combinations(METHODS, 2)
+        return {f"{a}, {b}": rank_correlation(found[a][of], found[b][of], weight) for a, b in pairs}
 
-    bias = (
-        {"AUC": found_bias(model, prompts, dataset, found, choice, steps, seed)}
-        if dataset.planted
-        else {}
-    )
-    return bias | {
-        "correlation": correlations(known),
-        "correlation where tokens have a choice": correlations(choice),
+    told = {}
+    if dataset.planted:
+        full = full_vocabulary(model, prompts, dataset, steps, seed)
+        some = found | {"gradient, full vocabulary": full}
+        told["AUC"] = {name: bias_found(r, prompts, dataset) for name, r in some.items()}
+    r = found["gradient"]
+    return told | {
+        "correlation": correlations(~np.isnan(r)),
+        "correlation where tokens have a choice": correlations(with_choice(r, prompts)),
         "group NLL": groups,
         "seconds": seconds,
     }
 
 
 def agreement(a, b, prompts, dataset):
-    """{method: [rank correlation, share of tokens in the same of 4 groups, that share by chance]}, of the tokens with a choice."""
-    choice, result = with_choice(a["gradient"], prompts), {}
-    weight = frequency(dataset, choice)
-    for method in METHODS:
-        groups = (cut_groups(r[method], dataset.train, 4)[0][choice] for r in (a, b))
-        result[method] = [
-            rank_correlation(a[method][choice], b[method][choice], weight),
-            *tables.same_group(*groups, weight),
-        ]
-    return result
+    """{method: `agreement_of`} of two measurements {method: r}."""
+    return {
+        method: agreement_of(a[method], b[method], prompts, dataset.train) for method in METHODS
+    }
 
 
 def agreement_table(result):
-    return format_table(
-        (
-            "agreement after the warm-up with",
-            "relevance",
-            "rank correlation",
-            "same group",
-            "by chance",
-        ),
-        [
-            (name, method, *(f"{x:.2f}" for x in row))
-            for name, methods in result["agreement"].items()
-            for method, row in methods.items()
-        ],
-    )
+    header = "agreement after the warm-up with", "relevance", "rank correlation", "same group"
+    rows = []
+    for name, methods in result["agreement"].items():
+        for method, row in methods.items():
+            rows.append((name, method, *(f"{x:.2f}" for x in row)))
+    return format_table((*header, "by chance"), rows)
 
 
 def load_warmup(model, run):
@@ -170,106 +524,102 @@ def load_warmup(model, run):
     path = Path(run).parent / "warmup" / "checkpoint.pt"
     if not path.exists():
         raise InputError(
-            f"{run}: no {path.name} of a warm-up beside it; give a loss's folder of a finished run of gdrt.py"
+            f"{run}: no {path.name} of a warm-up beside it; "
+            "give a loss's folder of a finished run of gdrt.py"
         )
     model.load_state_dict(torch.load(path, weights_only=True)["model"])
 
 
 def show(result):
     for when in ("before", "after warm-up"):
-        print(
-            f"{when}\n"
-            + format_table(
-                ("rank correlation", "all tokens", "tokens with a choice"),
-                [
-                    (
-                        pair,
-                        f"{x:.2f}",
-                        f"{result[when]['correlation where tokens have a choice'][pair]:.2f}",
-                    )
-                    for pair, x in result[when]["correlation"].items()
-                ],
-            )
-        )
-        print(
-            format_table(
-                ("test NLL a token of groups by", "0", "1", "2", "3", "seconds"),
-                [
-                    (method, *(f"{x:.3f}" for x in values), result[when]["seconds"][method])
-                    for method, values in result[when]["group NLL"].items()
-                ],
-            )
-            + "\n"
-        )
-        if "AUC" in result[when]:
-            print(
-                format_table(
-                    ("AUC of the planted bias", "all tokens", "tokens with a choice"),
-                    [
-                        (name, *(f"{x:.2f}" for x in auc))
-                        for name, auc in result[when]["AUC"].items()
-                    ],
-                )
-                + "\n"
-            )
+        told = result[when]
+        rows = []
+        for pair, x in told["correlation"].items():
+            some = told["correlation where tokens have a choice"][pair]
+            rows.append((pair, f"{x:.2f}", f"{some:.2f}"))
+        header = "rank correlation", "all tokens", "tokens with a choice"
+        print(f"{when}\n{format_table(header, rows)}")
+        rows = []
+        for method, values in told["group NLL"].items():
+            rows.append((method, *(f"{x:.3f}" for x in values), told["seconds"][method]))
+        header = "test NLL a token of groups by", "0", "1", "2", "3", "seconds"
+        print(format_table(header, rows) + "\n")
+        if "AUC" in told:
+            header = "AUC of the planted bias", "all tokens", "tokens with a choice"
+            rows = [(name, *(f"{x:.2f}" for x in auc)) for name, auc in told["AUC"].items()]
+            print(format_table(header, rows) + "\n")
     print(agreement_table(result))
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument(
-        "run", help="a loss's folder in a run of gdrt.py, with the run's warmup/ beside it"
-    )
-    p.add_argument(
-        "--others",
-        nargs="+",
-        default=[],
-        metavar="RUN",
-        help="the same of runs with other seeds, for how well their warm-ups agree",
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=POINTS,
-        metavar="M",
-        help="points of the gradient's path (default: %(default)s)",
-    )
-    p.add_argument("--out", default=str(ROOT / "results" / "relevance.json"), metavar="FILE")
-    p.add_argument("--cache", metavar="DIR", help="as for gdrt.py")
-    p.add_argument("--data-dir", metavar="PATH", help="as for gdrt.py")
-    args = p.parse_args(argv)
-    limit_onednn_cache(args.cache)
+def one_run(args):
+    """What is told of args.run, and of how well args.others agree with it."""
     config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
     flags = argparse.Namespace(**config["arguments"], cache=args.cache)
     for other in args.others:
         there = read_json(Path(other).parent / "config.json")
         if (there["data"], there["arguments"]["model"]) != (config["data"], flags.model):
             raise InputError(
-                f"{other}: other data or another model than {args.run}; give runs that differ in their seed"
+                f"{other}: other data or another model than {args.run}; "
+                "give runs that differ in their seed"
             )
     model, _ = start_model(flags.model, dataset, args.cache)
-    found, seconds = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
-    result = {
-        "run": config,
-        "steps": args.steps,
-        **environment(),
-        "before": describe(model, prompts, dataset, found, seconds, args.steps, flags.seed),
-    }
+    drawn = args.steps, flags.seed
+    found, seconds = measure_relevance(model, prompts, dataset, *drawn)
+    before = describe(model, prompts, dataset, found, seconds, *drawn)
+    result = {"run": config, "steps": args.steps, **environment(), "before": before}
     load_warmup(model, args.run)
-    found, seconds = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
-    result["after warm-up"] = describe(
-        model, prompts, dataset, found, seconds, args.steps, flags.seed
-    )
+    found, seconds = measure_relevance(model, prompts, dataset, *drawn)
+    result["after warm-up"] = describe(model, prompts, dataset, found, seconds, *drawn)
     again, _ = measure_relevance(model, prompts, dataset, args.steps, flags.seed + 1)
     result["agreement"] = {"another sample of windows": agreement(found, again, prompts, dataset)}
     for other in args.others:
         load_warmup(model, other)
-        again, _ = measure_relevance(model, prompts, dataset, args.steps, flags.seed)
-        result["agreement"][f"the warm-up of {Path(other).parent.name}"] = agreement(
-            found, again, prompts, dataset
-        )
-    write_atomic(args.out, json.dumps(result, indent=1))
-    show(result)
+        again, _ = measure_relevance(model, prompts, dataset, *drawn)
+        name = f"the warm-up of {Path(other).parent.name}"
+        result["agreement"][name] = agreement(found, again, prompts, dataset)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# the command
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = p.add_argument
+    run = "a loss's folder in a run of gdrt.py, with the run's warmup/ beside it"
+    add("run", nargs="?", help=run)
+    others = "the same of runs with other seeds, for how well their warm-ups agree"
+    add("--others", nargs="+", default=[], metavar="RUN", help=others)
+    points = "points of the gradient's path (default: %(default)s)"
+    add("--steps", type=int, default=POINTS, metavar="M", help=points)
+    add("--shop", action="store_true", help="all definitions on toy, and trainings")
+    add("--seeds", type=int, default=SEEDS, metavar="N", help="of --shop (default: %(default)s)")
+    trained = "seeds of --shop that are trained, too (default: %(default)s)"
+    add("--trained", type=int, default=3, metavar="N", help=trained)
+    work = "where --shop keeps what it has measured and trained (default: %(default)s)"
+    add("--work", type=Path, default=Path("runs/relevance-shop"), metavar="DIR", help=work)
+    out = "default: results/relevance.json, or results/relevance-shop.json with --shop"
+    add("--out", type=Path, metavar="FILE", help=out)
+    add("--cache", metavar="DIR", help="as for gdrt.py")
+    add("--data-dir", metavar="PATH", help="as for gdrt.py")
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    if args.shop == bool(args.run):
+        raise InputError("name one RUN, or --shop")
+    name = "relevance-shop.json" if args.shop else "relevance.json"
+    out = args.out or ROOT / "results" / name
+    limit_onednn_cache(args.cache)
+    if args.shop:
+        result = shop_study(args.seeds, args.trained, args.work, args.cache)
+        print(shop_tables(result))
+    else:
+        result = one_run(args)
+        show(result)
+    write_atomic(out, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
