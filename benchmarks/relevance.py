@@ -371,24 +371,26 @@ def describe_definition(by_seed, shops):
     }
 
 
-def shop_plan(seeds, training_seeds):
+def shop_plan(seeds, trained, whole):
     """[(seed, kind, name)] of all that is measured and trained, what matters most first."""
+    rows = [row for row in TRAINED if row not in CONTROLS]
     plan = []
     for seed in range(seeds):
         plan += [(seed, "measure", "warm-up")]
-        if seed < training_seeds:
-            plan += [(seed, "train", row) for row in TRAINED]
+        plan += [(seed, "train", row) for row in rows if seed < trained]
         plan += [(seed, "measure", "epoch 1")]
-    return plan + [(seed, "measure", "all windows") for seed in range(seeds)]
+    plan += [(seed, "train", row) for row in CONTROLS for seed in range(trained)]
+    return plan + [(seed, "measure", "all windows") for seed in range(whole)]
 
 
-def shop_study(seeds, training_seeds, folder, cache):
+def shop_study(args):
     """The result of the whole study, for results/relevance-shop.json."""
+    seeds = args.seeds
     shops = {}
     training = {row: [] for row in TRAINED}
     measured = {}  # moment -> definition -> [(r, seconds)]
-    for seed, kind, name in shop_plan(seeds, training_seeds):
-        shops[seed] = shops.get(seed) or Shop(seed, folder, cache)
+    for seed, kind, name in shop_plan(seeds, args.trained, args.whole):
+        shops[seed] = shops.get(seed) or Shop(seed, args.work, args.cache)
         if kind == "train":
             training[name].append(shops[seed].trained(name))
             continue
@@ -597,6 +599,8 @@ def parser():
     add("--seeds", type=int, default=SEEDS, metavar="N", help="of --shop (default: %(default)s)")
     trained = "seeds of --shop that are trained, too (default: %(default)s)"
     add("--trained", type=int, default=3, metavar="N", help=trained)
+    whole = "seeds of --shop measured on all windows, too, by ablation (default: %(default)s)"
+    add("--whole", type=int, default=SEEDS, metavar="N", help=whole)
     work = "where --shop keeps what it has measured and trained (default: %(default)s)"
     add("--work", type=Path, default=Path("runs/relevance-shop"), metavar="DIR", help=work)
     out = "default: results/relevance.json, or results/relevance-shop.json with --shop"
@@ -614,7 +618,7 @@ def main(argv=None):
     out = args.out or ROOT / "results" / name
     limit_onednn_cache(args.cache)
     if args.shop:
-        result = shop_study(args.seeds, args.trained, args.work, args.cache)
+        result = shop_study(args)
         print(shop_tables(result))
     else:
         result = one_run(args)
