@@ -377,8 +377,8 @@ def shop_plan(seeds, trained, whole):
     plan = []
     for seed in range(seeds):
         plan += [(seed, "measure", "warm-up")]
-        plan += [(seed, "train", row) for row in rows if seed < trained]
-        plan += [(seed, "measure", "epoch 1")]
+        if seed < trained:
+            plan += [(seed, "train", row) for row in rows] + [(seed, "measure", "epoch 1")]
     plan += [(seed, "train", row) for row in CONTROLS for seed in range(trained)]
     return plan + [(seed, "measure", "all windows") for seed in range(whole)]
 
