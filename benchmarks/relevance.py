@@ -17,6 +17,7 @@ Its trainings are evaluated on validation windows alone.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -59,7 +60,10 @@ from data import (
     collate,
     legal_tokens,
     limit_onednn_cache,
+    load_dataset,
     load_run,
+    make_prompts,
+    positions,
     read_json,
     run_command,
     start_model,
@@ -151,28 +155,28 @@ def along_edge(model, batch, moving, held, legal, points=POINTS):
 
 
 def edges_by_gradient(model, batch, legal):
-    """((4, softmaxes, N) nats along EDGES, seconds of each edge)."""
+    """((4, softmaxes, N) nats along EDGES, CPU seconds of each edge)."""
     user = (USER,)
     ends = (AUXILIARY, ()), (user, ()), (AUXILIARY, user), (user, AUXILIARY)
     edges = []
     seconds = []
     for moving, held in ends:
-        began = time.perf_counter()
+        began = time.process_time()
         edges.append(along_edge(model, batch, moving, held, legal))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     return torch.stack(edges), seconds
 
 
 def edges_by_ablation(model, batch, legal):
-    """((4, softmaxes, N) nats along EDGES, seconds of each corner); three corners serve `ratio`."""
+    """((4, softmaxes, N) nats along EDGES, CPU seconds of each corner); `ratio` takes three."""
     E, _ = path_ends(model, batch, ())
     corners = []
     seconds = []
     for ablated in ((), AUXILIARY, (USER,), (*AUXILIARY, USER)):
-        began = time.perf_counter()
+        began = time.process_time()
         logits = target_logits(model, batch, E - path_ends(model, batch, ablated)[1])  # (N, V)
         corners.append(torch.stack([label_log_prob(logits, batch.label, some) for some in legal]))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     both, user, auxiliary, neither = corners  # named by what is present
     edges = both - user, both - auxiliary, auxiliary - neither, user - neither
     return torch.stack(edges), seconds
@@ -192,17 +196,6 @@ def measure(model, prompts, windows, method):
             parts.append((edges.double(), batch.item, batch.place, batch.window))
     joined = [torch.cat(part, dim=-1).numpy() for part in zip(*parts)]
     return dict(zip(("edges", "item", "place", "window"), joined)) | {"seconds": seconds}
-
-
-def kept_measure(path, prepare, windows, method):
-    """`measure` from the file at path, or anew; prepare: () -> (model, prompts) to be measured."""
-    if not path.exists():
-        model, prompts = prepare()
-        found = measure(model, prompts, windows, method)
-        write_atomic(path, lambda file: np.savez(file, **found))
-        announce(f"{path.name}: {found['seconds'].sum():.0f} s")
-    with np.load(path) as arrays:
-        return dict(arrays)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -258,15 +251,24 @@ class Shop:
     """What the study does with one seed of toy: its start, what is measured, what is trained."""
 
     def __init__(self, seed, folder, cache):
-        self.seed, self.folder = seed, folder
-        run = quality.make_run("sft", quality.SETTINGS["toy-shop"], seed)
-        paths = {"paths": {}, "data_dir": None, "cache": cache}
-        options = argparse.Namespace(**paths, device="cpu", precision="auto")
-        self.begun = quality.begin(run["arguments"], options)
-        self.arguments = run["arguments"]
-        self.model, _, self.prompts, self.windows, *_ = self.begun.setup
-        self.dataset = self.begun.dataset
+        self.seed, self.folder, self.cache = seed, folder, cache
+        self.arguments = quality.make_run("sft", quality.SETTINGS["toy-shop"], seed)["arguments"]
+        self.dataset = load_dataset("toy", history=self.arguments["history"])
+        self.windows = self.dataset.train
+        model, tokenizer = start_model("tiny", self.dataset)
+        self.prompts = make_prompts(self.dataset, tokenizer, positions(model))
         self.sample = sample_windows(self.windows, seed)
+
+    @functools.cached_property
+    def begun(self):
+        """quality.Start: the model after its warm-up, and all that training takes."""
+        paths = {"paths": {}, "data_dir": None, "cache": self.cache}
+        options = argparse.Namespace(**paths, device="cpu", precision="auto")
+        return quality.begin(self.arguments, options)
+
+    @property
+    def model(self):
+        return self.begun.setup.model
 
     def after_warmup(self):
         self.model.load_state_dict(self.begun.warm)
@@ -285,32 +287,41 @@ class Shop:
         rest = span, group, rule, n_groups, folder, begin
         return quality.train_span(self.begun.setup, self.begun.cfg, *rest)
 
-    def measured(self, moment, method):
-        """`measure` on the greedy sample, or on all windows."""
-        windows = self.windows if moment == "all windows" else self.sample
-        prepare = self.after_epoch if moment == "epoch 1" else self.after_warmup
-        path = self.folder / f"seed{self.seed}-{moment.replace(' ', '-')}-{method}.npz"
-        return kept_measure(path, prepare, windows, method)
+    def file(self, name, ending):
+        return self.folder / f"seed{self.seed}-{name.replace(' ', '-')}.{ending}"
 
-    def relevances(self, moment):
-        """{definition: (r (items, L), seconds)} at a moment: warm-up, epoch 1 or all windows."""
-        if moment == "all windows":
-            found = self.measured(moment, "ablation")
-            draw = np.random.default_rng(self.seed).permutation(len(self.windows))
-            half = draw[: len(draw) // 2]
-            result = {}
-            for name, keep in (("all", None), ("half", np.isin(found["window"], half))):
-                share = 1 if name == "all" else 0.5
-                for key, (r, s) in definitions(found, "ablation", self.prompts, keep).items():
-                    result[f"{key}, {name} of the windows"] = r, s * share
-            return result
-        result = {}
-        for method in ("gradient", "ablation"):
-            result |= definitions(self.measured(moment, method), method, self.prompts)
-        if moment == "warm-up":
-            began = time.perf_counter()
-            r = relevance(*self.after_warmup(), self.windows, "probability")
-            result["probability"] = r, time.perf_counter() - began
+    def is_done(self, kind, name):
+        return self.file(name, "json" if kind == "train" else "npz").exists()
+
+    def measured(self, moment, method):
+        """`measure` on the greedy sample, or on all windows; from its file or anew."""
+        path = self.file(f"{moment} {method}", "npz")
+        if not path.exists():
+            model, prompts = self.after_epoch() if moment == "epoch 1" else self.after_warmup()
+            windows = self.windows if moment == "all windows" else self.sample
+            if method == "probability":
+                began = time.process_time()
+                r = relevance(model, prompts, windows, method)
+                found = {"r": r, "seconds": time.process_time() - began}
+            else:
+                found = measure(model, prompts, windows, method)
+            write_atomic(path, lambda file: np.savez(file, **found))
+            announce(f"{path.name}: {np.sum(found['seconds']):.0f} s")
+        with np.load(path) as arrays:
+            return dict(arrays)
+
+    def relevances(self, moment, method):
+        """{definition: (r (items, L), seconds)}; on all windows also of a random half of them."""
+        found = self.measured(moment, method)
+        if method == "probability":
+            return {method: (found["r"], float(found["seconds"]))}
+        if moment != "all windows":
+            return definitions(found, method, self.prompts)
+        result = definitions(found, method, self.prompts)
+        draw = np.random.default_rng(self.seed).permutation(len(self.windows))
+        keep = np.isin(found["window"], draw[: len(draw) // 2])
+        for name, (r, seconds) in definitions(found, method, self.prompts, keep).items():
+            result[f"{name}, half of them"] = r, seconds / 2
         return result
 
     def groups(self, name, moment="warm-up"):
@@ -326,7 +337,7 @@ class Shop:
 
     def trained(self, row):
         """Metrics on validation windows of a training, from its file or anew."""
-        path = self.folder / f"seed{self.seed}-{row.replace(' ', '-')}.json"
+        path = self.file(row, "json")
         if not path.exists():
             seconds = self.train_row(row)
             truth = planted(self.dataset, self.prompts).astype(int)
@@ -355,59 +366,78 @@ class Shop:
 # the shop: the study
 
 
-def describe_definition(by_seed, shops):
-    """AUC of each seed, agreement of every pair of seeds, mean seconds. by_seed: [(r, seconds)]."""
-    prompts, windows = shops[0].prompts, shops[0].windows
-    rs = [r for r, _ in by_seed]
-    found = [bias_found(r, prompts, shops[0].dataset) for r in rs]
+def describe_definition(by_seed, shop):
+    """AUC of each seed, agreement of pairs of seeds, least seconds. by_seed: {seed: (r, seconds)}.
+
+    The toy and its tokens are the same for all seeds: any `shop` tells them.
+    """
+    prompts, windows = shop.prompts, shop.windows
+    rs = [r for r, _ in by_seed.values()]
+    found = [bias_found(r, prompts, shop.dataset) for r in rs]
     pairs = [agreement_of(a, b, prompts, windows) for a, b in itertools.combinations(rs, 2)]
     return {
+        "seeds": list(by_seed),
         "AUC": [round(of_all, 4) for of_all, _ in found],
         "AUC with a choice": [round(of_choice, 4) for _, of_choice in found],
         "rank correlation of seeds": [round(pair[0], 4) for pair in pairs],
         "same group": [round(pair[1], 4) for pair in pairs],
         "same group by chance": [round(pair[2], 4) for pair in pairs],
-        "seconds": round(float(np.mean([seconds for _, seconds in by_seed])), 2),
+        # The least, for other jobs share the machine.
+        "seconds": round(float(min(seconds for _, seconds in by_seed.values())), 2),
     }
 
 
-def shop_plan(seeds, trained, whole):
-    """[(seed, kind, name)] of all that is measured and trained, what matters most first."""
-    rows = [row for row in TRAINED if row not in CONTROLS]
-    plan = []
-    for seed in range(seeds):
-        plan += [(seed, "measure", "warm-up")]
-        if seed < trained:
-            plan += [(seed, "train", row) for row in rows] + [(seed, "measure", "epoch 1")]
-    plan += [(seed, "train", row) for row in CONTROLS for seed in range(trained)]
-    return plan + [(seed, "measure", "all windows") for seed in range(whole)]
+def agreement_with_all(measured, shop):
+    """{definition by ablation: [`agreement_of` each seed]} of the sample's r with all windows' r.
+
+    Beside the greedy sample, a random half of the windows.
+    """
+    result = {}
+    everything = measured.get("all windows", {})
+    for name, by_seed in everything.items():
+        whole = name.removesuffix(", half of them")
+        label = f"{name} against all" if name != whole else f"{name}, sample against all"
+        some = by_seed if name != whole else measured["warm-up"][name]
+        result[label] = []
+        for seed, (r, _) in everything[whole].items():
+            pair = agreement_of(some[seed][0], r, shop.prompts, shop.windows)
+            result[label].append([round(x, 4) for x in pair])
+    return result
+
+
+def shop_plan():
+    """[(kind, name)] of all that is measured and trained of a seed, what matters most first."""
+    plan = [("measure", f"warm-up {method}") for method in METHODS]
+    plan += [("train", row) for row in TRAINED]
+    plan += [("measure", f"epoch 1 {method}") for method in ("gradient", "ablation")]
+    return plan + [("measure", "all windows ablation")]
 
 
 def shop_study(args):
     """The result of the whole study, for results/relevance-shop.json."""
-    seeds = args.seeds
-    shops = {}
-    training = {row: [] for row in TRAINED}
-    measured = {}  # moment -> definition -> [(r, seconds)]
-    for seed, kind, name in shop_plan(seeds, args.trained, args.whole):
-        shops[seed] = shops.get(seed) or Shop(seed, args.work, args.cache)
-        if kind == "train":
-            training[name].append(shops[seed].trained(name))
+    shops = [Shop(seed, args.work, args.cache) for seed in range(args.seeds)]
+    training = {row: {} for row in TRAINED}
+    measured = {}  # moment -> definition -> seed -> (r, seconds)
+    for (kind, name), shop in itertools.product(shop_plan(), shops):
+        if args.done and not shop.is_done(kind, name):
             continue
-        by_definition = measured.setdefault(name, {})
-        for definition, found in shops[seed].relevances(name).items():
-            by_definition.setdefault(definition, []).append(found)
-    shops = list(shops.values())
+        if kind == "train":
+            training[name][shop.seed] = shop.trained(name)
+            continue
+        moment, method = name.rsplit(" ", 1)
+        by_definition = measured.setdefault(moment, {})
+        for definition, found in shop.relevances(moment, method).items():
+            by_definition.setdefault(definition, {})[shop.seed] = found
     described = {}
     for moment, by_definition in measured.items():
         described[moment] = {
-            definition: describe_definition(by_seed, shops)
+            definition: describe_definition(by_seed, shops[0])
             for definition, by_seed in by_definition.items()
         }
-    r = measured["warm-up"]["gradient, floor 0.5"][0][0]
+    r, _ = measured["warm-up"]["gradient, floor 0.5"][0]
     choice = with_choice(r, shops[0].prompts)
     return {
-        "arguments": shops[0].arguments | {"seed": list(range(seeds))} | GDRT,
+        "arguments": shops[0].arguments | {"seed": list(range(args.seeds))} | GDRT,
         "windows": {"all": len(shops[0].windows), "sample": [len(s.sample) for s in shops]},
         "tokens": {
             "all": int((~np.isnan(r)).sum()),
@@ -416,41 +446,96 @@ def shop_study(args):
         },
         **environment(),
         "definitions": described,
+        "agreement with all windows": agreement_with_all(measured, shops[0]),
         "training": {row: described_training(found) for row, found in training.items()},
     }
 
 
 def described_training(found):
-    """{metric: [value of each seed]} of the metrics that `Shop.trained` gave."""
+    """{metric: {seed: value}} of the metrics of each seed that `Shop.trained` gave."""
     names = "NDCG@10", "MGU@5", "NLL", "legal NLL", "seconds"
-    told = {name: [round(metrics[name], 5) for metrics in found] for name in names}
+    told = {}
+    for name in names:
+        told[name] = {seed: round(metrics[name], 5) for seed, metrics in found.items()}
     for group, name in enumerate(("legal NLL of taste tokens", "legal NLL of biased tokens")):
-        told[name] = [round(metrics["group legal NLL"][group], 5) for metrics in found]
+        nlls = {seed: metrics["group legal NLL"][group] for seed, metrics in found.items()}
+        told[name] = {seed: round(nll, 5) for seed, nll in nlls.items()}
     return told
 
 
-def shop_tables(result):
-    """The study's tables as text: definitions at each moment, then trainings against SFT."""
-    header = ("AUC, all", "with a choice", "seeds' rank corr.", "same group", "chance", "s")
-    names = "AUC", "AUC with a choice", "rank correlation of seeds", "same group"
-    names += ("same group by chance", "seconds")
-    texts = []
-    for moment, described in result["definitions"].items():
-        rows = []
-        for definition, told in described.items():
-            rows.append((definition, *(f"{np.mean(told[name]):.3f}" for name in names)))
-        texts.append(format_table((f"measured: {moment}", *header), rows))
+TOLD = (
+    ("AUC, all", "AUC"),
+    ("AUC, choice", "AUC with a choice"),
+    ("seeds' rank corr.", "rank correlation of seeds"),
+    ("same group", "same group"),
+    ("by chance", "same group by chance"),
+    ("s", "seconds"),
+)
+SHOWN = {  # moment: definitions that results/README.md shows; the file holds all
+    "warm-up": (
+        *(f"gradient, floor {floor:g}" for floor in FLOORS),
+        "gradient, minus |A_user| alone",
+        "gradient, Shapley, floor 0",
+        "gradient, Shapley, floor 0.5",
+        "gradient, full vocabulary, floor 0.5",
+        "gradient, Shapley, full vocabulary, floor 0.5",
+        "ablation, floor 0",
+        "ablation, floor 0.5",
+        "ablation, Shapley, floor 0.5",
+        "probability",
+    ),
+    "all windows": ("ablation, floor 0.5", "ablation, floor 0.5, half of them"),
+    "epoch 1": ("gradient, floor 0.5", "gradient, Shapley, floor 0.5", "ablation, floor 0.5"),
+}
+
+
+def cells_of(told):
+    """Number of seeds, then the means that TOLD names, '' where there is no pair of seeds."""
+    cells = [len(told["seeds"])]
+    for _, name in TOLD:
+        cells.append(f"{np.mean(told[name]):.2f}" if np.size(told[name]) else "")
+    return cells
+
+
+def readme_tables(result):
+    """Markdown for results/README.md: some definitions, and the trainings."""
+    rows = []
+    for moment, names in SHOWN.items():
+        described = result["definitions"].get(moment, {})
+        when = {"warm-up": "", "epoch 1": ", after epoch 1"}.get(moment, f", {moment}")
+        for name in names:
+            if name in described:
+                rows.append((name + when, *cells_of(described[name])))
+    definitions = tables.markdown(("r", "seeds", *dict(TOLD)), rows)
+    return f"{definitions}\n\n{tables.markdown(*training_rows(result['training']))}"
+
+
+def training_rows(training):
+    """(header, rows): means over seeds, and paired differences over the seeds in common."""
     metrics = "NDCG@10", "MGU@5", "legal NLL", "legal NLL of taste tokens"
     rows = []
-    for row, told in result["training"].items():
-        cells = [f"{np.mean(told[name]):.4f}" for name in metrics]
+    for row, told in training.items():
+        ndcg = told["NDCG@10"]
+        if not ndcg:
+            continue
+        cells = [f"{np.mean(list(told[name].values())):.4f}" for name in metrics]
         for base in ("SFT", "default"):
-            less = np.subtract(told["NDCG@10"], result["training"][base]["NDCG@10"])
+            there = training[base]["NDCG@10"]
+            less = [ndcg[seed] - there[seed] for seed in ndcg if seed in there]
             mean, low, high = tables.seed_interval(less)
-            cells.append(f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" if row != base else "")
-        rows.append((row, *cells))
-    header = "validation", *metrics, "NDCG@10 less SFT", "NDCG@10 less default"
-    return "\n\n".join([*texts, format_table(header, rows)])
+            ends = f" [{low:+.4f}, {high:+.4f}]" if len(less) > 1 else ""
+            cells.append(f"{mean:+.4f}{ends}" if less and row != base else "")
+        rows.append((row, len(ndcg), *cells))
+    header = "groups by", "seeds", *metrics, "NDCG@10 less SFT", "NDCG@10 less default"
+    return header, rows
+
+
+def show_shop(result):
+    """Every definition at each moment, then what results/README.md shows."""
+    for moment, described in result["definitions"].items():
+        rows = [(name, *cells_of(told)) for name, told in described.items()]
+        print(format_table((f"measured: {moment}", "seeds", *dict(TOLD)), rows) + "\n")
+    print(readme_tables(result))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,10 +682,7 @@ def parser():
     add("--steps", type=int, default=POINTS, metavar="M", help=points)
     add("--shop", action="store_true", help="all definitions on toy, and trainings")
     add("--seeds", type=int, default=SEEDS, metavar="N", help="of --shop (default: %(default)s)")
-    trained = "seeds of --shop that are trained, too (default: %(default)s)"
-    add("--trained", type=int, default=3, metavar="N", help=trained)
-    whole = "seeds of --shop measured on all windows, too, by ablation (default: %(default)s)"
-    add("--whole", type=int, default=SEEDS, metavar="N", help=whole)
+    add("--done", action="store_true", help="with --shop: tell what is done, and do no more")
     work = "where --shop keeps what it has measured and trained (default: %(default)s)"
     add("--work", type=Path, default=Path("runs/relevance-shop"), metavar="DIR", help=work)
     out = "default: results/relevance.json, or results/relevance-shop.json with --shop"
@@ -619,7 +701,8 @@ def main(argv=None):
     limit_onednn_cache(args.cache)
     if args.shop:
         result = shop_study(args)
-        print(shop_tables(result))
+        result = json.loads(json.dumps(result))  # as it is read from the file
+        show_shop(result)
     else:
         result = one_run(args)
         show(result)
