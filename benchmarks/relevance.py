@@ -229,7 +229,7 @@ def definitions(found, method, prompts, keep=None):
             if softmax == "legal":
                 means = [mean_by_place(np.abs(x), *place, prompts) for x in (a, u)]
                 result[f"{name}, ratio of means, floor 0.5"] = ratio(*means), seconds
-                result[f"{name}, minus |A_user| alone"] = -means[1], seconds
+                result[f"{name}, minus the user's alone"] = -means[1], seconds
     return result
 
 
@@ -321,7 +321,7 @@ class Shop:
         draw = np.random.default_rng(self.seed).permutation(len(self.windows))
         keep = np.isin(found["window"], draw[: len(draw) // 2])
         for name, (r, seconds) in definitions(found, method, self.prompts, keep).items():
-            result[f"{name}, half of them"] = r, seconds / 2
+            result[f"{name}, half of the windows"] = r, seconds / 2
         return result
 
     def groups(self, name, moment="warm-up"):
@@ -395,7 +395,7 @@ def agreement_with_all(measured, shop):
     result = {}
     everything = measured.get("all windows", {})
     for name, by_seed in everything.items():
-        whole = name.removesuffix(", half of them")
+        whole = name.removesuffix(", half of the windows")
         label = f"{name} against all" if name != whole else f"{name}, sample against all"
         some = by_seed if name != whole else measured["warm-up"][name]
         result[label] = []
@@ -474,7 +474,7 @@ TOLD = (
 SHOWN = {  # moment: definitions that results/README.md shows; the file holds all
     "warm-up": (
         *(f"gradient, floor {floor:g}" for floor in FLOORS),
-        "gradient, minus |A_user| alone",
+        "gradient, minus the user's alone",
         "gradient, Shapley, floor 0",
         "gradient, Shapley, floor 0.5",
         "gradient, full vocabulary, floor 0.5",
@@ -484,7 +484,7 @@ SHOWN = {  # moment: definitions that results/README.md shows; the file holds al
         "ablation, Shapley, floor 0.5",
         "probability",
     ),
-    "all windows": ("ablation, floor 0.5", "ablation, floor 0.5, half of them"),
+    "all windows": ("ablation, floor 0.5", "ablation, floor 0.5, half of the windows"),
     "epoch 1": ("gradient, floor 0.5", "gradient, Shapley, floor 0.5", "ablation, floor 0.5"),
 }
 
@@ -493,7 +493,8 @@ def cells_of(told):
     """Number of seeds, then the means that TOLD names, '' where there is no pair of seeds."""
     cells = [len(told["seeds"])]
     for _, name in TOLD:
-        cells.append(f"{np.mean(told[name]):.2f}" if np.size(told[name]) else "")
+        form = {"AUC": "{:.3f}", "seconds": "{:.1f}"}.get(name, "{:.2f}")
+        cells.append(form.format(np.mean(told[name])) if np.size(told[name]) else "")
     return cells
 
 
@@ -502,9 +503,9 @@ def readme_tables(result):
     rows = []
     for moment, names in SHOWN.items():
         described = result["definitions"].get(moment, {})
-        when = {"warm-up": "", "epoch 1": ", after epoch 1"}.get(moment, f", {moment}")
         for name in names:
             if name in described:
+                when = "" if "windows" in name or moment == "warm-up" else f", {moment}"
                 rows.append((name + when, *cells_of(described[name])))
     definitions = tables.markdown(("r", "seeds", *dict(TOLD)), rows)
     return f"{definitions}\n\n{tables.markdown(*training_rows(result['training']))}"

@@ -261,6 +261,13 @@ def test_the_study_derives_the_default_relevance(method):
     assert method == "gradient" or gap.max() < 1e-4
 
 
+def test_the_studys_tables_are_those_of_its_file():
+    results = Path(__file__).resolve().parents[2] / "results"
+    found = json.loads((results / "relevance-shop.json").read_text(encoding="utf-8"))
+    shown = (results / "README.md").read_text(encoding="utf-8")
+    assert relevance.readme_tables(found) in shown
+
+
 def test_a_part_of_an_experiment(capsys, tmp_path):
     quality.main(f"grid --rows sft gdrt --seeds 2 --dry-run --results {tmp_path}".split())
     lines = capsys.readouterr().out.splitlines()
