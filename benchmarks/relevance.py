@@ -437,6 +437,7 @@ def shop_study(args):
     r, _ = measured["warm-up"]["gradient, floor 0.5"][0]
     choice = with_choice(r, shops[0].prompts)
     return {
+        "command": "python benchmarks/relevance.py --shop",
         "arguments": shops[0].arguments | {"seed": list(range(args.seeds))} | GDRT,
         "windows": {"all": len(shops[0].windows), "sample": [len(s.sample) for s in shops]},
         "tokens": {
