@@ -67,8 +67,8 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 
     A property of (title, place in the title): the mean of r over a seeded sample of the windows
     with that title as target. log p is over LEGAL continuations, and one alone makes r = 1 (our
-    choice): AUC for toy's planted bias 0.995, over the vocabulary 0.51. No other definition in
-    results/README.md pays. method "probability": r = p(y_t | a, y_<t), the history empty.
+    choice): AUC for toy's planted bias 0.995, over the vocabulary 0.51. No other definition was
+    seen to pay (results/). method "probability": r = p(y_t | a, y_<t), the history empty.
     """
     if method == "probability":
         p, item, place = prior_probability(model, prompts, windows, device)
