@@ -262,7 +262,7 @@ def test_the_study_derives_the_default_relevance(method):
 
 
 def test_the_studys_tables_are_those_of_its_file():
-    results = Path(__file__).resolve().parents[2] / "results"
+    results = ROOT / "results"
     found = json.loads((results / "relevance-shop.json").read_text(encoding="utf-8"))
     shown = (results / "README.md").read_text(encoding="utf-8")
     assert relevance.readme_tables(found) in shown
