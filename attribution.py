@@ -54,8 +54,8 @@ def segment_gradient(model, batch, segment, points=POINTS, trie=None):
 def ratio(aux, user, floor=FLOOR):
     """r = (|A_aux| + c) / (|A_aux| + |A_user| + c), elementwise (the floor c is our choice).
 
-    Without c, a token that is all but certain has the quotient of two tiny numbers. With it such a
-    token counts as relevant to the auxiliary tokens, as one that needs no user should.
+    Without c, a token that is all but certain has the quotient of two tiny numbers; with it such a
+    token needs no user. On toy c raises the rank correlation of seeds from 0.04 to 0.17.
     """
     aux = np.abs(aux)
     user = np.abs(user)
@@ -66,9 +66,9 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     """Relevance of target tokens to their auxiliary tokens -> (items, L), NaN where not measured.
 
     A property of (title, place in the title): the mean of r over a seeded sample of the windows
-    with that title as target. log p is over LEGAL continuations: it asks what tells this title from
-    others, not what tells the model to write a title at all. A token with one continuation has
-    r = 1. Both are our choices. method "probability": r = p(y_t | a, y_<t), the history empty.
+    with that title as target. log p is over LEGAL continuations, and one alone makes r = 1 (our
+    choice): AUC for toy's planted bias 0.995, over the vocabulary 0.51. No other definition was
+    seen to pay (results/). method "probability": r = p(y_t | a, y_<t), the history empty.
     """
     if method == "probability":
         p, item, place = prior_probability(model, prompts, windows, device)

@@ -33,7 +33,17 @@ from attribution import (
     sample_windows,
     segment_gradient,
 )
-from data import BOS, TEMPLATE, TITLE, USER, InputError, Window, build_trees, collate
+from data import (
+    BOS,
+    TEMPLATE,
+    TITLE,
+    USER,
+    InputError,
+    Window,
+    build_trees,
+    build_trie,
+    collate,
+)
 
 SEGMENTS = {"auxiliary": (TEMPLATE, TITLE), "user": (USER,)}
 
@@ -391,6 +401,50 @@ def test_default_relevance_finds_the_planted_bias(toy):
     bias = np.array(bias)
     assert 50 < (~bias).sum() < len(bias) - 50
     assert area_under_curve(np.array(values), bias) >= 0.9
+
+
+def opened_by(quote, model):
+    """(prompts, windows): all titles but one open with the token `quote`, of which model is sure.
+
+    Every token but EOS has a choice. The model gives the quote 8 nats more than any other token,
+    wherever it may come.
+    """
+    weight = model.lm_head.weight
+    model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    model.lm_head.weight = weight
+    torch.nn.init.zeros_(model.lm_head.bias)
+    torch.nn.init.constant_(model.lm_head.bias[quote : quote + 1], 8.0)
+    words = [[a, b, c] for a in (5, 6, 7) for b in (8, 9) for c in (10, 11)]
+    titles = [[quote, *title] for title in words]
+    titles[0][0] = quote + 1
+    prompts = random_prompts(2)._replace(
+        titles=titles, trie=build_trie([title + [1] for title in titles])
+    )
+    return prompts, random_windows(len(titles), 3, users=6, length=len(titles))
+
+
+@pytest.mark.parametrize("method", ["gradient", "ablation"])
+def test_a_token_that_is_all_but_certain_is_most_relevant(method):
+    """SmolLM2's opening quote: a quotient of two tiny numbers would scatter it over the groups."""
+    model = small_model()
+    quote = 30
+    prompts, windows = opened_by(quote, model)
+    trees = build_trees(prompts, sample_windows(windows, 0))
+    tries = (prompts.trie,)
+    aux, user, item, place, _ = attributions(model, trees, method, tries)
+    opens = np.array([title[0] == quote for title in prompts.titles])
+    quotes = (place == 0) & opens[item]
+    aux, user = np.abs(aux[quotes]), np.abs(user[quotes])
+    assert max(aux.max(), user.max()) < 0.02
+    without_floor = aux / (aux + user)
+    assert without_floor.min() < 0.3 and without_floor.max() > 0.7
+
+    r = relevance(model, prompts, windows, method)
+    r[:, 3:] = np.nan  # the last word and EOS: certain by the trie, which is another matter
+    group, _, _ = cut_groups(r, windows, 3)
+    measured = ~np.isnan(r[:, 0])
+    assert (group[opens & measured, 0] == 2).all()
+    assert group[0, 0] != 2
 
 
 # ---------------------------------------------------------------- groups

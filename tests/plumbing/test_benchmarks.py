@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, separate_nll
+from conftest import ROOT, random_prompts, random_windows, separate_nll, small_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -242,6 +242,30 @@ def test_relevance_against_the_planted_bias():
     assert relevance.area_under_curve(np.array([4.0, 1.0, 3.0, 2.0]), bias) == 1
     ties = relevance.area_under_curve(np.array([1.0, 2.0, 2.0, 3.0]), bias)
     assert ties == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("method", ["gradient", "ablation"])
+def test_the_study_derives_the_default_relevance(method):
+    """From attributions along the four edges of a square, which close by ablation."""
+    model = small_model()
+    prompts = random_prompts(2, 12, letters=4)
+    windows = random_windows(12, 3)
+    sample = quality.sample_windows(windows, 0)
+    found = relevance.measure(model, prompts, sample, method)
+    r, _ = relevance.definitions(found, method, prompts)[f"{method}, floor 0.5"]
+    expected = quality.relevance(model, prompts, windows, method)
+    assert np.array_equal(np.isnan(r), np.isnan(expected))
+    assert np.nanmax(np.abs(r - expected)) < 1e-6
+    auxiliary, user, auxiliary_alone, user_alone = found["edges"]
+    gap = np.abs(auxiliary + user_alone - user - auxiliary_alone)
+    assert method == "gradient" or gap.max() < 1e-4
+
+
+def test_the_studys_tables_are_those_of_its_file():
+    results = ROOT / "results"
+    found = json.loads((results / "relevance-shop.json").read_text(encoding="utf-8"))
+    shown = (results / "README.md").read_text(encoding="utf-8")
+    assert relevance.readme_tables(found) in shown
 
 
 def test_a_part_of_an_experiment(capsys, tmp_path):
