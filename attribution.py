@@ -70,15 +70,15 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     choice): AUC for toy's planted bias 0.995, over the vocabulary 0.51. No other definition was
     seen to pay (results/). method "probability": r = p(y_t | a, y_<t), the history empty.
     """
-    if method == "probability":
-        p, item, place = prior_probability(model, prompts, windows, device)
-        return mean_by_place(p, item, place, prompts)
-    trees = build_trees(prompts, sample_windows(windows, seed))
-    note = f"relevance ({method})"
-    aux, user, item, place, _ = attributions(
-        model, trees, method, (prompts.trie,), points, device, note
-    )
-    return mean_by_place(ratio(aux, user), item, place, prompts)
+    alone = method == "probability"
+    sample = without_history(windows) if alone else sample_windows(windows, seed)
+
+    def measure(batch):
+        return [token_relevance(model, batch, method, points, prompts.trie)]
+
+    trees = build_trees(prompts, sample)
+    r, item, place, _ = of_all_targets(measure, model, trees, device, f"relevance ({method})")
+    return mean_by_place(r, item, place, prompts)
 
 
 def cut(r, weight, n_groups):
@@ -239,44 +239,77 @@ def log_prob_derivative(logits, tangent, label, legal=None):
     )
 
 
+def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
+    """Relevance r (N,) of a Batch's target tokens: of trees, or of a `plain_batch`. In fp32.
+
+    method: "gradient", "ablation" or "probability", as in `relevance`. With a trie, log p is over
+    legal continuations, else over the vocabulary. Every token but the user's and BOS is auxiliary.
+    Each token has an r of its own here; `relevance` takes means over the windows of a title.
+    """
+    if trie is not None and len(legal_tokens(batch, trie)[2]) < len(batch.label):
+        raise InputError("labels: a target token is no legal continuation of its title `item`")
+    with forward_mode(model):
+        if method == "probability":
+            legal = trie and legal_tokens(batch, trie)
+            logits = target_logits(model, without_user(batch))  # (N, V)
+            log_p = label_log_prob(logits, batch.label, legal)  # (N,)
+            return np.exp(log_p.cpu().double().numpy())
+        aux, user = segment_attributions(model, batch, method, (trie,), points)  # (N,), (N,)
+    return ratio(aux.cpu().double().numpy(), user.cpu().double().numpy())
+
+
+def segment_attributions(model, batch, method="gradient", tries=(None,), points=POINTS):
+    """A_aux and A_user of each softmax in `tries`, nats -> (2 * len(tries), N)."""
+    segments = AUXILIARY, (USER,)
+    if method == "ablation":
+        return ablations(model, batch, segments, tries).flatten(0, 1)
+    pairs = itertools.product(tries, segments)
+    return torch.stack([segment_gradient(model, batch, S, points, trie) for trie, S in pairs])
+
+
+def of_all_targets(measure, model, trees, device="cpu", note=None):
+    """[*measure(batch), item, place, window] of all trees' target tokens, each (N,) numpy.
+
+    measure returns a list of tensors or arrays (N,). note: the name of the progress bar.
+    """
+    parts = []
+    batches = list(by_length(trees))
+    with forward_mode(model):
+        for indices in tqdm(batches, desc=note, disable=None if note else True, leave=False):
+            batch = collate([trees[i] for i in indices], device)
+            found = (*measure(batch), batch.item, batch.place, batch.window)
+            parts.append([torch.as_tensor(x).cpu().numpy() for x in found])
+    return [np.concatenate(part) for part in zip(*parts)]
+
+
 def attributions(
     model, trees, method="gradient", tries=(None,), points=POINTS, device="cpu", note="attribution"
 ):
     """(A_aux, A_user of each softmax in `tries`, item, place, window), each (N,) numpy, in fp32."""
-    segments = AUXILIARY, (USER,)
-    parts = []
-    with forward_mode(model):
-        for indices in tqdm(list(by_length(trees)), desc=note, disable=None, leave=False):
-            batch = collate([trees[i] for i in indices], device)
-            if method == "ablation":
-                found = ablations(model, batch, segments, tries).flatten(0, 1)
-            else:
-                pairs = itertools.product(tries, segments)
-                found = [segment_gradient(model, batch, S, points, trie) for trie, S in pairs]
-            A = [a.cpu().double() for a in found]
-            parts.append([x.cpu().numpy() for x in (*A, batch.item, batch.place, batch.window)])
-    return [np.concatenate(part) for part in zip(*parts)]
 
+    def measure(batch):
+        A = segment_attributions(model, batch, method, tries, points)
+        return A.cpu().double()
 
-def prior_probability(model, prompts, windows, device="cpu"):
-    """(p(y_t | task, prefix), item, place), each (N,): one prompt a title, the history empty."""
-    targets = sorted({w.items[w.stop] for w in windows})
-    trees = build_trees(prompts, [Window(i, (i,), 0, 0) for i in targets])
-    log_p, item, place, _ = log_probs_of(model, prompts, trees, device)
-    return np.exp(log_p), item, place
+    return of_all_targets(measure, model, trees, device, note)
 
 
 def log_probs_of(model, prompts, trees, device="cpu"):
-    """(log p over legal continuations, item, place, window) of all target tokens, each (N,)."""
-    parts = []
-    with forward_mode(model):
-        for indices in by_length(trees):
-            batch = collate([trees[i] for i in indices], device)
-            logits = target_logits(model, batch)  # (N, V)
-            log_p = label_log_prob(logits, batch.label, legal_tokens(batch, prompts.trie))
-            found = log_p.cpu().double(), batch.item, batch.place, batch.window
-            parts.append([x.cpu().numpy() for x in found])
-    return [np.concatenate(part) for part in zip(*parts)]
+    """(log p over legal continuations, over the vocabulary, item, place) of targets, each (N,)."""
+
+    def measure(batch):
+        logits = target_logits(model, batch)  # (N, V)
+        legal = label_log_prob(logits, batch.label, legal_tokens(batch, prompts.trie))
+        full = label_log_prob(logits, batch.label)
+        return legal.cpu().double(), full.cpu().double()
+
+    return of_all_targets(measure, model, trees, device)[:-1]
+
+
+def without_history(windows):
+    """One window with an empty history for every title that is a target of `windows`."""
+    targets = {w.items[w.stop] for w in windows}
+    return [Window(i, (i,), 0, 0) for i in sorted(targets)]
 
 
 def cut_groups(r, windows, n_groups):
@@ -323,15 +356,17 @@ def mean_by_place(values, item, place, prompts):
 # ---------------------------------------------------------------- plain batches: no catalogue
 
 
-def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=None, bos=None):
+def plain_batch(
+    input_ids, labels, is_user, attention_mask=None, position_ids=None, bos=None, item=None
+):
     """A Batch of ordinary rows, for `token_relevance`; every tensor (B, T).
 
     labels: the token itself where it is a target, else -100, not shifted, as transformers has them.
     is_user: true at the tokens of the user's history. Rows may be padded at either end
     (attention_mask 0), or hold several prompts, each of which starts at position 0: a token sees
-    its own prompt alone. bos: this token is never moved to the baseline.
+    its own prompt alone. bos: this token is never moved to the baseline. item: for relevance over a
+    trie, the number of its title at each target token; the targets are whole titles with EOS.
     """
-    B, T = input_ids.shape
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     position = (real.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids
     target = labels != -100  # (B, T)
@@ -342,6 +377,9 @@ def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=No
     if bos is not None:
         segment = torch.where(input_ids == bos, BOS, segment)
     row, column = target.nonzero(as_tuple=True)  # (N,), (N,)
+    # Targets of the row up to here, and those of them that belong to earlier prompts.
+    so_far = target.cumsum(1)
+    earlier = torch.where(position == 0, so_far, 0).cummax(1).values  # (B, T)
     return Batch(
         ids=input_ids,
         mask=own_prompt_mask(position, real.bool()),
@@ -350,8 +388,8 @@ def plain_batch(input_ids, labels, is_user, attention_mask=None, position_ids=No
         row=row,
         predict_at=column - 1,
         label=labels[target],
-        item=row,
-        place=column,
+        item=row if item is None else item[target],
+        place=(so_far - earlier - 1)[target],
         window=row,
     )
 
@@ -370,31 +408,19 @@ def own_prompt_mask(position, seen):
 def without_user(batch):
     """The same Batch with the user's tokens hidden and the positions after them closed up."""
     hidden = batch.segment == USER  # (B, T)
-    prompt_start = batch.position == 0
-    before = hidden.cumsum(1)  # hidden tokens up to here in the row
-    first = torch.where(prompt_start, before - hidden.long(), 0).cummax(1).values
-    kept = (batch.segment != PAD) & ~hidden
-    mask = own_prompt_mask(batch.position, kept)
-    return batch._replace(mask=mask, position=batch.position - (before - first) * kept)
-
-
-def token_relevance(model, batch, method="gradient", points=POINTS):
-    """Relevance r (N,) of a plain_batch's target tokens, with the softmax over the vocabulary.
-
-    Every token that is not the user's is auxiliary. method: "gradient", "ablation" or
-    "probability", as in `relevance`. `on_tokens` lays r, or the groups of `cut`, over (B, T).
-    """
-    with forward_mode(model):
-        if method == "probability":
-            shown = without_user(batch)
-            return label_log_prob(target_logits(model, shown), batch.label).exp().cpu().numpy()
-        if method == "ablation":
-            aux, user = ablations(model, batch, (AUXILIARY, (USER,)))[0]
-        else:
-            aux, user = (
-                segment_gradient(model, batch, segment, points) for segment in (AUXILIARY, (USER,))
-            )
-    return ratio(aux.cpu().double().numpy(), user.cpu().double().numpy())
+    if not hidden.any():
+        return batch
+    T = hidden.shape[1]
+    itself = torch.eye(T, dtype=torch.bool, device=hidden.device)
+    lowest = torch.finfo(torch.float32).min
+    mask = batch.mask
+    if mask is None:
+        mask = torch.full_like(itself, lowest, dtype=torch.float32).triu(1)[None, None]
+    gone = (mask[:, 0] == 0) & hidden[:, None] & ~itself  # (B, T, T) user tokens that it saw
+    return batch._replace(
+        mask=torch.where(gone[:, None], lowest, mask),
+        position=batch.position - gone.sum(-1),
+    )
 
 
 def on_tokens(values, batch, empty):
@@ -402,6 +428,44 @@ def on_tokens(values, batch, empty):
     grid = np.full(tuple(batch.ids.shape), empty, dtype=np.asarray(values).dtype)
     grid[batch.row.cpu(), batch.predict_at.cpu() + 1] = values
     return grid
+
+
+def with_group(collate, rows):
+    """collate(rows), any data collator's batch, with `group` (B, T): -1 where there is no target.
+
+    A row's "group" has an id for each of its targets in order, or one a token with -1 elsewhere.
+    The ids go where `labels` are, so that the collator may pad or pack as it likes. Rows of an
+    evaluation have no "group", and their batch is left as it is.
+    """
+    rest = [dict(row) for row in rows]
+    groups = [row.pop("group", None) for row in rest]  # one a row
+    batch = collate(rest)
+    if any(group is None for group in groups):
+        return batch
+    target = batch["labels"] != -100  # (B, T)
+    ids = torch.cat([torch.as_tensor(group) for group in groups]).long()
+    ids = ids[ids >= 0]
+    if len(ids) != target.sum():
+        raise InputError(
+            f"group: {len(ids)} ids for {target.sum()} target tokens of a batch; make the groups "
+            "from the labels that the trainer sees, truncated and packed as they are"
+        )
+    batch["group"] = torch.full_like(batch["labels"], -1).masked_scatter(target, ids)
+    return batch
+
+
+def grouped_nll(model, inputs):
+    """(NLL (N,) in nats, group (N,)) of the target tokens of a batch made by `with_group`."""
+    if "group" not in inputs:
+        raise InputError("group: not in the batch; set remove_unused_columns=False, use with_group")
+    inputs = dict(inputs, use_cache=False)  # with a cache, positions would not part packed prompts
+    labels = inputs.pop("labels")[:, 1:]  # (B, T - 1)
+    group = inputs.pop("group")[:, 1:]  # (B, T - 1)
+    target = labels != -100
+    logits = model(**inputs).logits[:, :-1][target]  # (N, V); token t is predicted at t - 1
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    nll = torch.nn.functional.cross_entropy(logits, labels[target], reduction="none")
+    return nll, group[target]
 
 
 # ---------------------------------------------------------------- will the method help here?
@@ -420,29 +484,17 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
     chosen = np.random.default_rng(seed).permutation(len(windows))[:DIAGNOSED]
     windows = [windows[i] for i in sorted(chosen.tolist())]
     trees = build_trees(prompts, windows)
-    with_history = log_probs_of(model, prompts, trees, device)[0].sum() / len(windows)
-    p, item, _ = prior_probability(model, prompts, windows, device)
-    by_title = np.bincount(item, weights=np.log(np.maximum(p, 1e-300)))  # (items,)
+    legal, full, item, place = log_probs_of(model, prompts, trees, device)  # (N,) each
+    alone = build_trees(prompts, without_history(windows))
+    prior, _, title, _ = log_probs_of(model, prompts, alone, device)  # (M,) each
+    by_title = np.bincount(title, weights=prior)  # (items,)
     without = np.mean([by_title[w.items[w.stop]] for w in windows])
+    continuations = np.diff(prompts.trie.first)  # of each node of the trie
+    certain = continuations[prompts.trie.path[item, place]] == 1  # (N,)
     return {
-        "user information": float(with_history - without),
-        "language share": language_share(model, prompts, trees, device),
+        "user information": float(legal.sum() / len(windows) - without),
+        "language share": float(full[certain].sum() / full.sum()) if full.sum() else 0.0,
     }
-
-
-def language_share(model, prompts, trees, device="cpu"):
-    """Share of the summed NLL over the vocabulary that tokens with one continuation hold."""
-    first = torch.as_tensor(np.diff(prompts.trie.first), device=device)  # continuations of a node
-    path = torch.as_tensor(prompts.trie.path, device=device)
-    forced = everything = 0.0
-    with forward_mode(model):
-        for indices in by_length(trees):
-            batch = collate([trees[i] for i in indices], device)
-            nll = -label_log_prob(target_logits(model, batch), batch.label).double()  # (N,)
-            single = first[path[batch.item, batch.place]] == 1  # (N,)
-            everything += float(nll.sum())
-            forced += float(nll[single].sum())
-    return forced / everything if everything else 0.0
 
 
 # ---------------------------------------------------------------- one prompt, token by token

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -400,3 +401,36 @@ def command(argv, log, before=None, *args):
     if before:
         before(*args)
     gdrt.main(argv)
+
+
+def as_rank(rank, ranks, port, function, *args):
+    """For `start`: function(*args) as this rank of `ranks`."""
+    import torch
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def on_ranks(ranks, function, args_of_rank):
+    """function(*args_of_rank(rank)) on every rank -> exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        start(as_rank, rank, ranks, port, function, *args_of_rank(rank)) for rank in range(ranks)
+    ]
+    for process in started:
+        process.join(180)
+    hung = [rank for rank, process in enumerate(started) if process.is_alive()]
+    for process in started:
+        process.kill()
+    assert not hung, f"ranks {hung} hang"
+    return [process.exitcode for process in started]

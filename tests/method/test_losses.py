@@ -297,24 +297,3 @@ def test_the_losses_can_be_pasted_into_an_empty_file(tmp_path):
     q = math.exp(4) / (math.exp(1.5) + math.exp(4))
     expected = [(1 - q) * 1.5 + q * 4, 7 / 3]
     assert [float(x) for x in done.stdout.split()] == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_readme_accumulates_the_gradient_of_the_global_batch():
-    """The block of 'In your own trainer', executed as it stands, on unequal micro-batches."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    loss = re.search(r"## The loss\n.*?```python\n(.*?)```", readme, re.S)[1]
-    loop = re.search(r"## In your own trainer\n.*?```python\n(.*?)```", readme, re.S)[1]
-    names = {}
-    exec(loss + loop, names)
-    random = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, generator=random, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(23, 5, generator=random, dtype=torch.float64)
-    group = torch.randint(0, 4, (23,), generator=random)
-    (whole,) = torch.autograd.grad(gdrt_loss((rows @ weight).exp(), group, 4, 0.5)[0], weight)
-    parts = [slice(0, 4), slice(4, 15), slice(15, 23)]
-
-    def token_nll(part):
-        return (rows[part] @ weight).exp(), group[part]
-
-    names["accumulate_gradients"](token_nll, parts, 4, 0.5)
-    assert torch.allclose(weight.grad, whole, rtol=1e-10)

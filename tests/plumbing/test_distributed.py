@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 
@@ -18,6 +17,7 @@ from conftest import (
     ROOT,
     command,
     json_lines,
+    on_ranks,
     random_prompts,
     random_windows,
     small_model,
@@ -112,20 +112,6 @@ def all_cases(job):
     }
 
 
-def as_rank(rank, ranks, port, function, *args):
-    """For `start`: function(*args) as this rank of `ranks`."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    function(*args)
-
-
 def save_all_cases(folder):
     job = gdrt.make_train_config(
         gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"])
@@ -134,23 +120,6 @@ def save_all_cases(folder):
         torch.save(
             all_cases(job._replace(accumulate=accumulate)), f"{folder}/{accumulate}-{job.rank}.pt"
         )
-
-
-def on_ranks(ranks, function, *args_of_rank):
-    """function(*args_of_rank(rank)) on every rank -> exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [
-        start(as_rank, rank, ranks, port, function, *args_of_rank[0](rank)) for rank in range(ranks)
-    ]
-    for process in started:
-        process.join(180)
-    hung = [rank for rank, process in enumerate(started) if process.is_alive()]
-    for process in started:
-        process.kill()
-    assert not hung, f"ranks {hung} hang"
-    return [process.exitcode for process in started]
 
 
 @pytest.fixture(scope="module")
