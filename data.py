@@ -1879,14 +1879,17 @@ def convert_gguf(data):
     return model, tokenizer
 
 
-def save_model(folder, model, tokenizer, card=""):
-    """save_pretrained beside, then one rename: `folder` is whole or absent. Raises OSError."""
+def save_model(folder, model, tokenizer, card="", weights=None):
+    """save_pretrained beside, then one rename: `folder` is whole or absent. Raises OSError.
+
+    weights: a state_dict to save instead of the model's own.
+    """
     folder = Path(folder)
     whole = folder.with_name(f".{folder.name}.{os.getpid()}")
     transformers.logging.disable_progress_bar()
     try:
         whole.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(whole)
+        model.save_pretrained(whole, state_dict=weights)
         tokenizer.save_pretrained(whole)
         (whole / "README.md").write_text(card, encoding="utf-8")
         (whole / "sha256").write_text(folder_hash(whole))

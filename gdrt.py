@@ -111,7 +111,7 @@ def train(
     checkpoint `begin`, where an earlier stage ended. A loss that is not finite is an InputError.
     """
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=cfg.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+        trainable(model), lr=cfg.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
     state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # log q, uniform
     model.train()
@@ -136,14 +136,14 @@ def run(args):
     # 2. A model and every piece of a prompt in tokens; 3. batches, alike for all losses.
     setup = prepare(args, dataset, cfg)
     write_config(folder, config, setup, dataset, cfg)
-    untrained = copy.deepcopy(setup.model.state_dict())
+    untrained = copy.deepcopy(trained_weights(setup.model))
     # 4. SFT warm-up, shared by all losses: a model without users cannot be asked about them.
     warmup_seconds = warm_up(setup, args.seed, folder / "warmup", cfg)
     # 5. The relevance of every target token to its auxiliary tokens; 6. groups of like relevance.
     groups = form_groups(setup, args, cfg, folder / "groups.json")
     print_groups(groups, setup, args, cfg)
     # 7. What there is to beat: popularity, and the model before it was fine-tuned.
-    setup.model.load_state_dict(untrained)
+    load_trained(setup.model, untrained)
     baselines = evaluate_baselines(setup, dataset, args, cfg, groups, folder)
     for loss in args.loss:
         # 8. Every loss goes on from the warm-up, on the same batches in the same order.
@@ -175,9 +175,11 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import transformers
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from attribution import (
     cut_groups,
@@ -246,6 +248,7 @@ class TrainConfig(NamedTuple):
     lr: float = 2e-3
     accumulate: int = 1  # micro-batches of an update
     precision: str = "fp32"  # or bf16: autocast of the training passes
+    frozen: str = "fp32"  # or bf16: what --lora keeps the weights in that it does not train
     softmax: str = "full"  # or trie: NLL over legal continuations (MSL)
     temperature: float = 1.0  # of the trie softmax
     rank: int = 0  # this process among `world`
@@ -392,6 +395,155 @@ def make_batches(trees, batch, epochs, seed):
     return batches
 
 
+# ---------------------------------------------------------------- LoRA
+
+LORA_SCALE = 2  # alpha / r: alpha is 2 r, as in the lab's harness
+LORA_DROPOUT = 0.05  # of what goes into A, from the same harness
+LORA_LAYERS = "q_proj", "v_proj"
+# What other models call their attention's input projections, most of them fused.
+OTHER_LAYERS = "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "value"
+
+
+def add_lora(model, rank, seed, cfg):
+    """Freeze the model; add a trained alpha/r B A to its attention's projections W (2106.09685).
+
+    A (rank, in) is drawn as peft draws it, B (out, rank) is 0: at first the model is as it was.
+    A model without such projections, or with smaller ones than `rank`, is an InputError.
+    """
+    layers = layers_to_adapt(model, rank, cfg)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers:
+        outside, inside = layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape
+        A = (2 * torch.rand(rank, inside, generator=generator) - 1) / math.sqrt(inside)
+        layer.lora_A = torch.nn.Parameter(A.to(cfg.device))
+        layer.lora_B = torch.nn.Parameter(torch.zeros(outside, rank, device=cfg.device))
+        layer.register_forward_hook(add_low_rank_term)
+    with frozen_in_bf16(model, cfg):
+        pass  # rounds them here, if at all: the way to bf16 and back is exact from now on
+
+
+def layers_to_adapt(model, rank, cfg):
+    """The model's q_proj and v_proj; else what it has of OTHER_LAYERS, which is said."""
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, (torch.nn.Linear, Conv1D)):
+            found.setdefault(name.rpartition(".")[2], []).append(layer)
+    usual = all(name in found for name in LORA_LAYERS)
+    names = [name for name in (LORA_LAYERS if usual else OTHER_LAYERS) if name in found]
+    layers = sum((found[name] for name in names), [])
+    if not layers:
+        raise InputError(
+            f"--lora {rank}: the model has none of {', '.join(LORA_LAYERS + OTHER_LAYERS)}; "
+            "choose another model, or train all weights with --lora 0"
+        )
+    smallest = min(min(layer.weight.shape) for layer in layers)
+    if rank > smallest:
+        raise InputError(
+            f"--lora {rank}: the smallest matrix to adapt has {smallest} rows or columns; "
+            "give a lower rank"
+        )
+    if not usual and cfg.rank == 0:
+        announce(f"--lora: no q_proj and v_proj in this model, so {', '.join(names)} is adapted")
+    return layers
+
+
+def is_conv1d(layer):
+    """GPT-2's layer, whose weight is (in, out)."""
+    return isinstance(layer, Conv1D)
+
+
+def add_low_rank_term(layer, inputs, output):
+    """The forward hook of an adapted layer: its output and alpha/r B A x. Shape: (..., out)"""
+    x = torch.nn.functional.dropout(inputs[0], LORA_DROPOUT, layer.training)
+    low = torch.nn.functional.linear(x, layer.lora_A)  # (..., rank)
+    return output + LORA_SCALE * torch.nn.functional.linear(low, layer.lora_B)
+
+
+def adapted_layers(model):
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def trained_weights(model):
+    """The part of the model's state_dict that training changes: with --lora, the adapter."""
+    parameters = model.named_parameters(remove_duplicate=False)  # tied ones have two names
+    frozen = {name for name, p in parameters if not p.requires_grad}
+    return {name: w for name, w in model.state_dict().items() if name not in frozen}
+
+
+def load_trained(model, weights):
+    """Put back what `trained_weights` gave; the weights of another model are a RuntimeError."""
+    now = model.state_dict()
+    frozen = now.keys() - trained_weights(model).keys()
+    model.load_state_dict({name: now[name] for name in frozen} | weights)
+
+
+@torch.no_grad()
+def merged_weights(model):
+    """state_dict of the plain model that computes the same: W + alpha/r B A where it is adapted."""
+    weights = model.state_dict()
+    for name, layer in adapted_layers(model).items():
+        low_rank = weights.pop(f"{name}.lora_B") @ weights.pop(f"{name}.lora_A")  # (out, in)
+        change = LORA_SCALE * (low_rank.T if is_conv1d(layer) else low_rank)
+        weights[f"{name}.weight"] = layer.weight + change
+    return weights
+
+
+@contextlib.contextmanager
+def frozen_in_bf16(model, cfg):
+    """Inside, if cfg says so, the matrices that are not trained take two bytes a weight.
+
+    Autocast would round them for every product anyway: the training passes stay the same, to the
+    bit. The rest of a run sees them in fp32. What the embedding returns stays fp32 throughout.
+    """
+    matrices = [p for p in model.parameters() if p.dim() > 1 and not p.requires_grad]
+    if cfg.frozen != "bf16" or not matrices:
+        yield
+        return
+    embedding = model.get_input_embeddings()
+    widen = embedding.register_forward_hook(lambda layer, inputs, output: output.float())
+    try:
+        for p in matrices:
+            p.data = p.data.bfloat16()
+        yield
+    finally:
+        for p in matrices:
+            p.data = p.data.float()
+        widen.remove()
+
+
+def save_adapter(folder, model):
+    """The adapter in peft's file format, for PeftModel.from_pretrained; without one, nothing."""
+    layers = adapted_layers(model)
+    if not layers:
+        return
+    weights = {}
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            weight = getattr(layer, part).detach().cpu()
+            weights[f"base_model.model.{name}.{part}.weight"] = weight.contiguous()
+    rank = len(layer.lora_A)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path or None,
+        "r": rank,
+        "lora_alpha": LORA_SCALE * rank,
+        "lora_dropout": LORA_DROPOUT,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "fan_in_fan_out": is_conv1d(layer),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    stored = safetensors.torch.save(weights, metadata={"format": "pt"})
+    write_atomic(folder / "adapter_model.safetensors", stored)
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1))
+
+
 # ---------------------------------------------------------------- what a stage of training leaves
 
 
@@ -425,6 +577,7 @@ class Journal:
     def __enter__(self):
         with contextlib.ExitStack() as stack:
             stack.enter_context(attention(self.model, training_attention(self.model, self.cfg)))
+            stack.enter_context(frozen_in_bf16(self.model, self.cfg))
             self.pressed = stack.enter_context(ctrl_c())
             path = self.folder / "metrics.jsonl" if self.writes else os.devnull
             self.file = stack.enter_context(open(path, "a", encoding="utf-8"))
@@ -484,7 +637,7 @@ def save_checkpoint(path, model, optimizer, state, step):
     """All that the next update depends on, as tensors and ints: loads with weights_only=True."""
     kept = {
         "format": FORMAT,
-        "model": model.state_dict(),
+        "model": trained_weights(model),
         "optimizer": optimizer.state_dict(),
         "state": state,
         "step": step,
@@ -511,7 +664,7 @@ def load_checkpoint(path, model, optimizer):
                 f"{path}: checkpoint format {kept['format']} where {FORMAT} belongs; "
                 "start a new run with --name"
             )
-        model.load_state_dict(kept["model"])
+        load_trained(model, kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["rng"])
         if kept["cuda_rng"] and torch.cuda.is_available():
@@ -617,6 +770,8 @@ def prepare(args, dataset, cfg):
     """Setup of a run: model, prompts and batches, before anything is trained or written."""
     model, tokenizer = start_model(args.model, dataset, args.cache)
     model.to(cfg.device)
+    if args.lora:
+        add_lora(model, args.lora, args.seed, cfg)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = draw_windows(dataset.train, args.windows, args.seed)
     # The batches are of whole trees, whether these run packed or not: the same windows an update.
@@ -845,7 +1000,9 @@ def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
     if cfg.rank == 0:
         if not is_complete(folder / loss / "model"):
             card = model_card(args, loss)
-            save_model(folder / loss / "model", setup.model, setup.tokenizer, card)
+            save_adapter(folder / loss / "adapter", setup.model)
+            weights = merged_weights(setup.model)
+            save_model(folder / loss / "model", setup.model, setup.tokenizer, card, weights)
         result = evaluate_once(setup, dataset, args, cfg, groups, folder / loss)
     barrier(cfg)
     return result
@@ -964,6 +1121,8 @@ def make_train_config(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    is_asked = device == "cuda" or args.precision == "bf16"
     if world > 1 and not torch.distributed.is_initialized():
         patience = datetime.timedelta(days=7)  # the other ranks wait while rank 0 evaluates
         backend = "nccl" if device == "cuda" else "gloo"
@@ -971,7 +1130,8 @@ def make_train_config(args):
     return TrainConfig(
         lr=args.lr,
         accumulate=args.accumulate,
-        precision=pick_precision(args.precision, device),
+        precision=precision,
+        frozen=precision if is_asked else "fp32",
         softmax=args.train_softmax,
         temperature=args.temperature,
         rank=rank,
@@ -1137,6 +1297,14 @@ def parser():
         default="tiny",
         help="tiny (a Llama of 2 million parameters, untrained), smollm2-135m, or any Hub "
         "id or folder of a decoder-only LM",
+    )
+    add(
+        "--lora",
+        type=whole,
+        default=0,
+        metavar="R",
+        help="train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all weights; on "
+        "pretrained LMs they want --lr 1e-4 or so (default: 0, all weights)",
     )
     add(
         "--device",

@@ -38,6 +38,7 @@ REST = {
     "accumulate": 2,
     "no_pack": True,
     "no_test": True,
+    "lora": 4,
 }
 
 

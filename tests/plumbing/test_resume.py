@@ -222,6 +222,7 @@ CHANGED = {
     "keep_seen": None,
     "no_test": None,
     "model": "tiny",
+    "lora": "4",
     "dataset": "toy",
     "domain": "book",
 }
