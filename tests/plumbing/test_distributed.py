@@ -198,6 +198,48 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
     assert line["q"] == pytest.approx(q.tolist(), rel=1e-5)
 
 
+# ---------------------------------------------------------------- LoRA
+
+
+def adapter_step(job):
+    """(gradient of the adapters, numbers that the ranks sent each other) of a GDRT step."""
+    gdrt.LORA_DROPOUT = 0.0  # ranks draw different masks for different windows
+    model, prompts, trees, group = world()
+    gdrt.add_lora(model, 4, 0, job)
+    for layer in gdrt.adapted_layers(model).values():
+        torch.nn.init.constant_(layer.lora_B, 0.05)
+    optimizer, sent = Watched(gdrt.trainable(model), lr=0.1), []
+    all_reduce = gdrt.all_reduce
+
+    def counted(tensor, job):
+        sent.append(tensor.numel())
+        all_reduce(tensor, job)
+
+    gdrt.all_reduce = counted
+    rule, state = OBJECTIVES["gdrt"], torch.zeros(K)
+    gdrt.training_step(model.train(), optimizer, trees, prompts, group, rule, state, job)
+    gdrt.all_reduce = all_reduce
+    return optimizer.seen, sent
+
+
+def save_adapter_step(folder):
+    job = gdrt.make_train_config(
+        gdrt.parser().parse_args(["--device", "cpu", "--precision", "fp32"])
+    )
+    torch.save(adapter_step(job), f"{folder}/{job.rank}.pt")
+
+
+def test_ranks_add_up_the_gradients_of_the_adapters_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(gdrt, "LORA_DROPOUT", gdrt.LORA_DROPOUT)  # put back what is set above
+    assert on_ranks(2, save_adapter_step, lambda rank: (tmp_path,)) == [0, 0]
+    expected, _ = adapter_step(gdrt.TrainConfig())
+    assert expected.norm() > 0.01
+    for rank in 0, 1:
+        gradient, sent = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+        assert sent == [2 * K, len(expected)]
+
+
 # ---------------------------------------------------------------- the command
 
 
