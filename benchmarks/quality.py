@@ -5,6 +5,7 @@
     python benchmarks/quality.py tune-lr          and the other tune-: on validation windows alone;
                                                   the winners go into CONFIG, by hand
     python benchmarks/quality.py grid             and leave-one-out, toy, sweep, smollm2
+    python benchmarks/quality.py smollm2-10k      LoRA on a language model, at 10,000 windows
     python benchmarks/quality.py main             and untrained, epochs, toy-shop, toy-epochs: the
                                                   tiny model as it starts today, untrained
     python benchmarks/quality.py transfer --data PATH/office PATH/book      and transfer-uniform
@@ -95,6 +96,16 @@ SETTINGS = {
         "epochs": 1,
         "lr": 2e-4,
     },
+    "smollm2-10k": {
+        "dataset": "ml-100k",
+        "split": "leave-one-out",
+        "windows": 10_000,
+        "model": "smollm2-135m",
+        "lora": 8,
+        "batch": 64,
+        "epochs": 2,
+        "lr": 1e-3,  # until tune-lr-lora has chosen; msl has its own in ROWS
+    },
 }
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
@@ -132,7 +143,7 @@ ROWS |= {
 
 # What the runs of one start have in common.
 START = ("dataset", "split", "windows", "history", "model", "start", "batch", "epochs", "lr")
-START += ("warmup", "train_softmax", "seed")
+START += ("warmup", "train_softmax", "seed", "lora")
 UNTRAINED = ("popularity", "before")
 
 BASE = (*UNTRAINED, "sft", "gdrt")
@@ -144,6 +155,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "leave-one-out": ((*BASE, "gdrt uniform"), 5),
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
+    "smollm2-10k": (("sft", *BY_RELEVANCE[1:], "msl"), 2),
     "main": ((*UNTRAINED, "sft", *BY_RELEVANCE), 5),
     "toy-shop": ((*UNTRAINED, "sft", *BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
@@ -152,7 +164,7 @@ TRANSFERS = {
     "transfer-uniform": ("sft", "gdrt uniform by ablation"),
 }
 TRIALS = ("tune-lr", "tune-tau", "tune-leave-one-out", "tune-lr-msl", "tune-groups", "tune-epochs")
-TRIALS += ("untrained", "epochs", "few-windows", "toy-epochs", "toy-short")
+TRIALS += ("tune-lr-lora", "untrained", "epochs", "few-windows", "toy-epochs", "toy-short")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,10 +183,13 @@ def make_run(row, setting, seed, **changes):
     for name, value in changes.items():
         if name != "no_test" and base.get(name) != value:
             label += f" {name}={value:g}" if isinstance(value, float) else f" {name}={value}"
+    arguments = base | changes | {"seed": seed}
+    if not arguments.get("lora"):  # the keys of runs that train all weights stay as they were
+        arguments.pop("lora", None)
     return {
         "name": row,
         "row": label,
-        "arguments": base | changes | {"seed": seed},
+        "arguments": arguments,
         "reference": {name: shared[name] for name in START if name in shared},
     }
 
@@ -229,6 +244,10 @@ def tuning_runs(name):
         return by_probability + trials(["gdrt, groups after SFT"], grid, **pulls)
     if name == "tune-epochs":  # is another number of epochs better for one of the two?
         return trials(["sft", "gdrt"], grid, epochs=(2, 3, 6))
+    if name == "tune-lr-lora":  # the same trials for both
+        few = SETTINGS["smollm2-10k"] | {"windows": 2_000}
+        rows = ["sft", "gdrt uniform by ablation"]
+        return trials(rows, few, lr=(5e-4, 1e-3, 2e-3, 4e-3))
     both = ["sft", "gdrt uniform"]
     if name == "untrained":
         return trials(both, SETTINGS["main"], seeds=5)
@@ -355,7 +374,9 @@ class Start(NamedTuple):
 
 
 def copied(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """What training changes of a model, as it is now."""
+    weights = gdrt.trained_weights(model)
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
 def train_span(setup, cfg, span, group, rule, n_groups, folder, checkpoint=None):
@@ -473,7 +494,7 @@ def unmasked_relevance(begun, name, seed):
     if name == "position":
         return np.tile(np.arange(shape[1], dtype=float), (shape[0], 1))
     if name == "nll":
-        model.load_state_dict(begun.before)
+        gdrt.load_trained(model, begun.before)
         trees = build_trees(prompts, sample_windows(windows, seed))
         full, _, item, place, _ = token_nlls(model, prompts, trees, device)
         return -mean_by_place(full, item, place, prompts)
@@ -481,7 +502,7 @@ def unmasked_relevance(begun, name, seed):
         train_rest(begun, np.zeros(shape, dtype=int), gdrt.sft_rule, 1)
         name = "gradient"
     else:
-        model.load_state_dict(begun.warm)
+        gdrt.load_trained(model, begun.warm)
     return relevance(model, prompts, windows, name, seed=seed, device=device)
 
 
@@ -525,6 +546,8 @@ def held_groups(reference, run, results):
     group = read_array(results, name)
     if group is None:
         relevance_name = "planted" if is_planted else "gradient"
+        if "lora" in run["reference"]:  # on a pretrained model gradient takes too long
+            relevance_name = "ablation"
         r, _ = measured(reference, relevance_name, run["reference"]["seed"])
         group = cut_groups(r, reference.setup.windows, n_groups)[0].astype(np.int8)
         add_arrays(results, {name: group})
@@ -601,7 +624,7 @@ def perform(run, options):
         line |= told
         arrays["groups"] = group.astype(np.int8)
 
-    begun.setup.model.load_state_dict(begun.before)  # measuring has left other weights in it
+    gdrt.load_trained(begun.setup.model, begun.before)  # measuring has left other weights in it
     if arguments["loss"] not in UNTRAINED:
         seconds["train"], told = train_by(begun, arguments, group, n_groups, options)
         line |= told | {"diagnosis": begun.diagnosis}

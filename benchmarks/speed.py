@@ -750,6 +750,55 @@ def node_count(trees):
     return sum(len(tree.ids) for tree in trees)
 
 
+def lora_memory(args):
+    """What training holds between two updates, by --lora 8 --precision bf16 and by all weights."""
+    held, peak = {}, {}
+    for rank in (8, 0):
+        last, peak[rank] = peak_memory(__file__, "--child", "held", rank, *threads_flag(args))
+        held[rank] = json.loads(last)
+    ours, theirs = (sum(held[rank].values()) for rank in (8, 0))
+    names = {8: "--lora 8", 0: "all weights"}
+    return {
+        "ratio": ours / theirs,
+        "ours": ours,
+        "peer": theirs,
+        "unit": "MB",
+        "held, MB": {names[rank]: held[rank] for rank in names},
+        "peak of the process, MB": {names[rank]: peak[rank] for rank in names},
+    }
+
+
+def child_held(rank):
+    """In its own process: MB of weights, gradients and AdamW's state at the end of an update."""
+    dataset, job = dataset_of("ml-100k"), default_job("bf16")
+    model, _, prompts = start(dataset, large=True)
+    if int(rank):
+        gdrt.add_lora(model, int(rank), 0, job)
+    trees = build_trees(prompts, gdrt.draw_windows(dataset.train, LARGE_PLAN, 0))
+    group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
+    optimizer = torch.optim.AdamW(gdrt.trainable(model), lr=1e-4, fused=True)
+    held = {}
+
+    def megabytes(tensors):
+        return sum(x.numel() * x.element_size() for x in tensors) / 1e6
+
+    def look(optimizer, *_):
+        held["weights"] = megabytes(model.parameters())
+        held["gradients"] = megabytes(p.grad for p in model.parameters() if p.grad is not None)
+        moments = []
+        for state in optimizer.state.values():
+            moments += [state["exp_avg"], state["exp_avg_sq"]]
+        held["moments"] = megabytes(moments)
+
+    optimizer.register_step_post_hook(look)
+    model = in_training(model, job)
+    with gdrt.frozen_in_bf16(model, job):
+        gdrt.training_step(
+            model, optimizer, trees, prompts, group, gdrt.sft_rule, torch.zeros(1), job
+        )
+    return held
+
+
 def useful_flops(model, trees):
     """FLOPs that one update of `trees` needs: products forward and twice that backward.
 
@@ -882,6 +931,12 @@ ROWS = {  # name: (function, what, peer, what it must reach)
     ),
     "catalogues": (catalogues, "search by size of catalogue", "itself", ""),
     "memory": (memory, "peak memory of the main job", TRAINER, "at most 1"),
+    "lora-memory": (
+        lora_memory,
+        "weights, gradients and AdamW's state, SmolLM2-135M's shape, --lora 8 in bf16",
+        "all weights",
+        "at most 0.15",
+    ),
     "limit": (
         limit,
         "useful FLOP/s of an update, SmolLM2-135M's shape",
@@ -892,7 +947,7 @@ ROWS = {  # name: (function, what, peer, what it must reach)
 
 
 # What rows run in processes of their own.
-CHILDREN = {"search": child_search, "trainer": child_trainer}
+CHILDREN = {"search": child_search, "trainer": child_trainer, "held": child_held}
 
 
 def read_results(path):

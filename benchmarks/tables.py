@@ -39,7 +39,8 @@ SETTINGS = {
     "grid": GRID,
     "leave-one-out": ALL_WINDOWS | {"start": None},
     "toy": {"dataset": "toy", "start": None},
-    "smollm2": {"dataset": "ml-100k", "model": "smollm2-135m"},
+    "smollm2": {"dataset": "ml-100k", "model": "smollm2-135m", "lora": None},
+    "smollm2-10k": {"model": "smollm2-135m", "windows": 10_000, "lora": 8},
 }
 UNTRAINED = {
     "main": ALL_WINDOWS | {"start": "untrained"},
@@ -651,6 +652,8 @@ TITLES = {  # in results/tables.md
     "that taste decides, group 1 all that prefix or fame decides; true groups gives GDRT these two",
     "smollm2": "SmolLM2-135M-Instruct, 2,000 windows of ml-100k, one epoch in 48 updates, nothing "
     "tuned (`quality.py smollm2`)",
+    "smollm2-10k": "SmolLM2-135M-Instruct with LoRA of rank 8, 10,000 windows of ml-100k, two "
+    "epochs (`quality.py smollm2-10k`)",
     "transfer": "office and book, 10,000 windows, the configuration of ml-100k (`quality.py "
     "transfer`): leave-one-out as their files have it, the test later than all of training",
     "sweep": "GDRT to SFT over tau, number of groups, training windows and epochs, ml-100k by time "

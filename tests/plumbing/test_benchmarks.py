@@ -285,6 +285,48 @@ def test_quick_is_the_headline_on_three_seeds(capsys, tmp_path):
         assert stop.value.code == 2 and "or --quick" in capsys.readouterr().err
 
 
+def test_lora_is_part_of_a_key_and_of_a_start_only_where_it_is_used():
+    setting = quality.SETTINGS["smollm2-10k"]
+    without = {name: value for name, value in setting.items() if name != "lora"}
+    for seed, row in ((0, "sft"), (1, "gdrt uniform by ablation")):
+        plain, zero, eight = (
+            quality.make_run(row, s, seed) for s in (without, without | {"lora": 0}, setting)
+        )
+        assert quality.key(plain["arguments"]) == quality.key(zero["arguments"])
+        assert quality.key(plain["arguments"]) != quality.key(eight["arguments"])
+        assert eight["reference"]["lora"] == 8 and "lora" not in plain["reference"]
+    stored = set(quality.finished(quality.ROOT / "results"))
+    wanted = [quality.key(run["arguments"]) for run in quality.experiments("smollm2")]
+    assert set(wanted) <= stored, "the keys of finished runs are as they were"
+    trials = [run["arguments"] for run in quality.experiments("tune-lr-lora")]
+    assert all(run["no_test"] and run["lora"] == 8 for run in trials)
+    for loss in "sft", "gdrt":
+        assert [run["lr"] for run in trials if run["loss"] == loss] == [5e-4, 1e-3, 2e-3, 4e-3]
+
+
+def test_a_run_with_lora_trains_from_its_start_and_leaves_the_weights(little, tmp_path):
+    """By ablation, whose groups also report held-out NLL; SFT after it starts where it did."""
+    dataset, model, tokenizer, _ = little
+    small = replace(dataset, valid=dataset.valid[:12], test=dataset.test[:12])
+    setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64}
+    setting |= {"epochs": 2, "lora": 4}
+    runs = quality.table_of(("sft", "gdrt uniform by ablation", "sft"), setting, 1)
+    options = Namespace(results=tmp_path, experiment="lora", dry_run=False, paths={})
+    vars(options).update(data_dir=None, cache=None, device="cpu", precision="fp32")
+    quality.start.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "load_dataset", lambda *_: small)
+        patch.setattr(quality.gdrt, "start_model", lambda *_: (copy.deepcopy(model), tokenizer))
+        lines = [quality.perform(run, options)[0] for run in runs]
+        begun = quality.begin(runs[0]["arguments"], options)
+    quality.start.cache_clear()
+    assert len(begun.before) == len(begun.warm) == 4  # A and B of one layer's two projections
+    own = begun.setup.model.state_dict()
+    assert all(torch.equal(own[name], w) for name, w in model.state_dict().items())
+    first, gdrt, again = (line["test"]["NLL"] for line in lines)
+    assert first == again != gdrt
+
+
 def test_a_sweep_at_its_usual_value_is_the_grids_own_run():
     grid = {quality.key(run["arguments"]): run["row"] for run in quality.experiments("grid")}
     shared = [run for run in quality.experiments("sweep") if quality.key(run["arguments"]) in grid]
