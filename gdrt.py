@@ -414,7 +414,9 @@ def add_lora(model, rank, seed, cfg):
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        outside, inside = layer.weight.shape[::-1] if is_conv1d(layer) else layer.weight.shape
+        outside, inside = layer.weight.shape
+        if isinstance(layer, Conv1D):  # GPT-2's, whose weight is (in, out)
+            outside, inside = inside, outside
         A = (2 * torch.rand(rank, inside, generator=generator) - 1) / math.sqrt(inside)
         layer.lora_A = torch.nn.Parameter(A.to(cfg.device))
         layer.lora_B = torch.nn.Parameter(torch.zeros(outside, rank, device=cfg.device))
@@ -448,11 +450,6 @@ def layers_to_adapt(model, rank, cfg):
     return layers
 
 
-def is_conv1d(layer):
-    """GPT-2's layer, whose weight is (in, out)."""
-    return isinstance(layer, Conv1D)
-
-
 def add_low_rank_term(layer, inputs, output):
     """The forward hook of an adapted layer: its output and alpha/r B A x. Shape: (..., out)"""
     x = torch.nn.functional.dropout(inputs[0], LORA_DROPOUT, layer.training)
@@ -461,7 +458,9 @@ def add_low_rank_term(layer, inputs, output):
 
 
 def adapted_layers(model):
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    """{name: layer} of the layers with an adapter; a shared one stands there by all its names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in modules if hasattr(layer, "lora_A")}
 
 
 def trainable(model):
@@ -488,8 +487,8 @@ def merged_weights(model):
     weights = model.state_dict()
     for name, layer in adapted_layers(model).items():
         low_rank = weights.pop(f"{name}.lora_B") @ weights.pop(f"{name}.lora_A")  # (out, in)
-        change = LORA_SCALE * (low_rank.T if is_conv1d(layer) else low_rank)
-        weights[f"{name}.weight"] = layer.weight + change
+        change = low_rank.T if isinstance(layer, Conv1D) else low_rank
+        weights[f"{name}.weight"] = layer.weight + LORA_SCALE * change
     return weights
 
 
@@ -535,7 +534,7 @@ def save_adapter(folder, model):
         "lora_alpha": LORA_SCALE * rank,
         "lora_dropout": LORA_DROPOUT,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-        "fan_in_fan_out": is_conv1d(layer),
+        "fan_in_fan_out": isinstance(layer, Conv1D),
         "bias": "none",
         "inference_mode": True,
     }
@@ -1303,8 +1302,9 @@ def parser():
         type=whole,
         default=0,
         metavar="R",
-        help="train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all weights; on "
-        "pretrained LMs they want --lr 1e-4 or so (default: 0, all weights)",
+        help="LoRA: train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all "
+        "weights (the default, 0); a pretrained LM wants --lr 1e-4 or so. The frozen weights are "
+        "bf16 in training on a GPU, or where --precision bf16 is given",
     )
     add(
         "--device",

@@ -449,10 +449,12 @@ def test_an_interrupted_run_ends_like_one_that_was_left_alone(
     assert [path for path in expected if found[path] != expected[path]] == []
 
 
-def test_a_run_in_bf16_resumes_alike(run, tmp_path, monkeypatch):
+def test_a_run_in_bf16_resumes_and_is_evaluated_alike(run, tmp_path, monkeypatch, capsys):
     flags, _ = run
     flags = [*flags, "--precision", "bf16", "--loss", "gdrt", "--no-test", "--out", str(tmp_path)]
     gdrt.main([*flags, "--name", "whole"])
+    evaluate.main([str(tmp_path / "whole")])
+    assert "metrics equal those that training wrote" in capsys.readouterr().out
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(gdrt, "relevance", lambda *args, **more: 1 / 0)
         gdrt.main([*flags, "--name", "run"])
