@@ -140,6 +140,7 @@ from data import (
     log_softmax_over,
     logits_at,
     run_command,
+    shortest_window,
     write_atomic,
 )
 
@@ -248,6 +249,12 @@ def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
     """
     if trie is not None and len(legal_tokens(batch, trie)[2]) < len(batch.label):
         raise InputError("labels: a target token is no legal continuation of its title `item`")
+    longest = int(batch.position.max()) + 1
+    if batch.mask is not None and longest > shortest_window(model):
+        raise InputError(
+            f"a prompt of {longest} tokens is longer than the model's window of "
+            f"{shortest_window(model)}, which the batch's mask would lift; shorten it"
+        )
     with forward_mode(model):
         if method == "probability":
             legal = trie and legal_tokens(batch, trie)
@@ -380,8 +387,9 @@ def plain_batch(
     # Targets of the row up to here, and those of them that belong to earlier prompts.
     so_far = target.cumsum(1)
     earlier = torch.where(position == 0, so_far, 0).cummax(1).values  # (B, T)
+    some = input_ids[real.bool()][-1]  # for padding, see data.collate
     return Batch(
-        ids=input_ids,
+        ids=torch.where(real.bool(), input_ids, some),
         mask=own_prompt_mask(position, real.bool()),
         position=position,
         segment=segment,

@@ -1958,17 +1958,15 @@ def longest_prompt(prompts, windows):
     return min(len(ids) - 1, prompts.max_positions)  # EOS is predicted and never read
 
 
-def mask_replaces_windows(model, length):
-    """May a mask of ours stand for the model's own, where no prompt has more than `length` tokens?
+def shortest_window(model):
+    """The fewest tokens that a layer lets a token see, itself included; infinite without windows.
 
-    It takes the place of every layer's own mask, so each layer's window must hold a whole prompt.
-    GPT-Neo's local layers keep theirs, which counts the columns of a tree.
+    A mask of ours takes the place of every layer's own and lifts its window: that is the same only
+    where no prompt is longer.
     """
-    if "local" in getattr(model.config, "attention_layers", ()):
-        return False
     cache = DynamicCache(config=model.config)
     sliding = [layer for layer, slides in zip(cache.layers, cache.is_sliding) if slides]
-    return length <= min((layer.sliding_window for layer in sliding), default=length)
+    return min((layer.sliding_window for layer in sliding), default=math.inf)
 
 
 def whole_cache(model):
@@ -2059,7 +2057,9 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
     batch = collate(trees, device)
     model.eval()
     try:
-        if not mask_replaces_windows(model, longest_prompt(prompts, windows)):
+        # GPT-Neo's local layers keep their window, which counts the columns of a tree.
+        local = "local" in getattr(model.config, "attention_layers", ())
+        if local or longest_prompt(prompts, windows) > shortest_window(model):
             return False
         error, blind = packing_error(model, batch)
         if error >= tolerance:

@@ -35,7 +35,9 @@ from attribution import (
     has_derivative,
     label_log_prob,
     path_ends,
+    plain_batch,
     segment_gradient,
+    token_relevance,
 )
 from data import TITLE, USER, InputError, build_trees, collate, fall_back_to_unpacked, target_logits
 from evaluate import rank, token_nlls
@@ -321,6 +323,22 @@ def test_the_longest_prompt_decides():
     assert not fall_back_to_unpacked(model, PROMPTS, [short, longer]).packed
 
 
+def plain_rows(length=9):
+    """Two rows of random tokens, the first ones the user's and the last ones targets."""
+    torch.manual_seed(0)
+    ids = torch.randint(2, 40, (2, length))
+    labels = torch.where(torch.arange(length) < 6, -100, ids)
+    return ids, labels, torch.arange(length).expand(2, -1) < 3
+
+
+def test_a_plain_batch_longer_than_a_window_is_refused():
+    model = random_model(*FAMILIES["Gemma 3"], window=8)
+    batch = plain_batch(*plain_rows(9))
+    with pytest.raises(InputError, match="a prompt of 9 tokens is longer than .* window of 8"):
+        token_relevance(model, batch)
+    assert len(token_relevance(model, plain_batch(*plain_rows(8)))) == 4
+
+
 # ------------------------------------------------ found before anything is spent
 
 
@@ -405,6 +423,12 @@ def test_padding_never_touches_a_target():
     with forward_mode(model):
         assert segment_gradient(model, batch, (USER,), points=1).isfinite().all()
     check_derivative(model, prompts)
+    ids, labels, is_user = plain_rows()
+    pad = torch.nn.functional.pad
+    padded = pad(ids, (0, 4)), pad(labels, (0, 4), value=-100), pad(is_user, (0, 4))
+    seen = pad(torch.ones_like(ids), (0, 4))
+    r = token_relevance(model, plain_batch(*padded, attention_mask=seen))
+    assert r == pytest.approx(token_relevance(model, plain_batch(ids, labels, is_user)), abs=1e-4)
 
 
 def test_a_model_that_scales_its_embeddings_in_place_gets_fresh_ones():
