@@ -813,7 +813,7 @@ def try_update(model, trees, name, cfg):
     if failed is None:
         return
     advice = "choose another model"
-    slower = cfg._replace(precision="fp32")
+    slower = cfg._replace(precision="fp32", frozen="fp32")
     if cfg != slower and gradient_failure(model, batch, slower) is None:
         advice = "add --precision fp32"
     raise InputError(f"--model {name}: cannot be trained ({reason_of(failed)}); {advice}")
@@ -826,7 +826,10 @@ def gradient_failure(model, batch, cfg):
     training = model.training
     model.train()
     try:
-        with torch.random.fork_rng(devices), attention(model, training_attention(model, cfg)):
+        with contextlib.ExitStack() as stack:  # what Journal enters, and the random state is kept
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(attention(model, training_attention(model, cfg)))
+            stack.enter_context(frozen_in_bf16(model, cfg))
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
                 logits = target_logits(model, batch)
             logits.float().logsumexp(-1).mean().backward()
