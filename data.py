@@ -1602,13 +1602,18 @@ def embeds_inputs(model, ids, embeds):
     return inputs
 
 
-def target_logits(model, batch, embeds=None):
-    """Logits (N, V) of a batch's targets. embeds: (B, T, D) instead of the input embeddings."""
+def target_logits(model, batch, embeds=None, cache=None):
+    """Logits (N, V) of a batch's targets. embeds: (B, T, D) instead of the input embeddings.
+
+    cache: an empty KV cache, which then holds the batch's T columns.
+    """
     inputs = {"input_ids": batch.ids} if embeds is None else embeds_inputs(model, batch.ids, embeds)
     if batch.mask is not None:
         inputs["attention_mask"] = batch.mask
         inputs["position_ids"] = batch.position
-    return logits_at(model, batch.row, batch.predict_at, use_cache=False, **inputs)
+    if cache is not None:
+        inputs["cache"] = cache
+    return logits_at(model, batch.row, batch.predict_at, use_cache=cache is not None, **inputs)
 
 
 def flat_ranges(count):
@@ -1656,6 +1661,27 @@ def by_length(trees, nodes=2048):
         batch.append(i)
     if batch:
         yield batch
+
+
+def share_out(work, pieces):
+    """The arrays of work(pieces); under torchrun each rank does its share, and all get them all.
+
+    work: list of pieces -> arrays, which are joined along the first axis, one rank's after
+    another's: in another order than one process has them. A rank may have no piece.
+    """
+    if not torch.distributed.is_initialized():
+        return work(pieces)
+    world = torch.distributed.get_world_size()
+    mine = pieces[torch.distributed.get_rank() :: world]
+    every = [None] * world
+    torch.distributed.all_gather_object(every, work(mine) if mine else None)
+    return [np.concatenate(arrays) for arrays in zip(*filter(None, every))]
+
+
+def hide_bar():
+    """`disable` of a progress bar: shown by rank 0 alone, and (None) in terminals alone."""
+    shared = torch.distributed.is_initialized()
+    return True if shared and torch.distributed.get_rank() > 0 else None
 
 
 # ------------------------------------------------ models

@@ -103,8 +103,10 @@ from data import (
     Window,
     build_trees,
     by_length,
+    by_shared_prefix,
     collate,
     flat_ranges,
+    hide_bar,
     legal_tokens,
     limit_onednn_cache,
     load_dataset,
@@ -114,6 +116,8 @@ from data import (
     normalize_text,
     read_json,
     run_command,
+    share_out,
+    take_columns,
     target_logits,
     whole_cache,
     write_atomic,
@@ -165,9 +169,16 @@ def compress(trie, device="cpu"):
 
 
 class Ranking(NamedTuple):
+    """Lists of n windows, and how likely the model thought their targets: one forward tells both.
+
+    NLLs are in nats, of the target's tokens up to EOS; NaN beyond.
+    """
+
     items: np.ndarray  # (n, k) best first, -1 where the catalogue has no more
     scores: np.ndarray  # (n, k) sum of token log-probabilities, -inf beyond
     forwarded: np.ndarray  # (n,) prefixes the search forwarded
+    nll: np.ndarray  # (n, L) over the vocabulary
+    legal_nll: np.ndarray  # (n, L) over legal continuations
 
 
 @torch.no_grad()
@@ -179,43 +190,102 @@ def rank(
     softmax="trie",
     keep_seen=False,
     width=8,
-    rows=64,
+    rows=32,
     device="cpu",
     seen=None,
 ):
     """The exact top k titles for each window by sum of token log-probabilities -> Ranking. Ours.
 
-    It lists what rank_by_definition lists, for `rows` windows at once. Each round forwards the
-    `width` best open prefixes of each window; a window is done when none of them beats its k-th
-    best complete title: exact for every width. Seen titles compete as prefixes and are dropped when
-    complete, unless keep_seen. seen: tuples of items, else the user's positives before the target.
-    softmax: over legal continuations ('trie') or the vocabulary ('full'). NaN is an InputError.
+    It lists what rank_by_definition lists, for about `rows` windows at once; neighbours that share
+    a prefix share a tree. Each round forwards the `width` best open prefixes of each window; a
+    window is done when none of them beats its k-th best complete title: exact for every width. Seen
+    titles compete as prefixes and are dropped when complete, unless keep_seen. seen: tuples of
+    items, else the user's positives before the target. softmax: over legal continuations ('trie')
+    or the vocabulary ('full'). NaN is an InputError.
     """
     radix = compress(prompts.trie, device)
-    trees = build_trees(prompts, windows, pack=False, targets=False)
+    trees = build_trees(prompts, windows)
     if keep_seen:
         seen = [()] * len(windows)
     elif seen is None:
         seen = [window.items[: window.stop] for window in windows]
     n_listed = min(k, len(prompts.titles))
-    items = np.full((len(windows), k), -1)
-    scores = np.full((len(windows), k), -np.inf)
-    forwarded = np.zeros(len(windows), dtype=np.int64)
-    order = sorted(range(len(trees)), key=lambda i: len(trees[i].ids))
+    n, length = len(windows), prompts.trie.path.shape[1] - 1
+    found = Ranking(
+        items=np.full((n, k), -1),
+        scores=np.full((n, k), -np.inf),
+        forwarded=np.zeros(n, dtype=np.int64),
+        nll=np.full((n, length), np.nan),
+        legal_nll=np.full((n, length), np.nan),
+    )
+    reader_of = CachedPrompts if prompts.packed else SeparatePrompts
     model.eval()
-    for start in tqdm(range(0, len(order), rows), desc="rank", disable=None, leave=False):
-        chosen = order[start : start + rows]
+    batches = list(by_windows(trees, rows))
+    for indices in tqdm(batches, desc="rank", disable=hide_bar(), leave=False):
+        batch = collate([trees[i] for i in indices], device)
+        reader = reader_of(model, batch, radix, softmax)
+        token = batch.window.cpu().numpy(), batch.place.cpu().numpy()  # (N,) each
+        found.nll[token], found.legal_nll[token] = target_nlls(reader.logits, batch, prompts.trie)
+
+        first = batch.place == 0  # the title's first token, once a window: there a search begins
+        chosen = batch.window[first].tolist()
         allowed = unseen_titles(radix, [seen[i] for i in chosen])
-        batch = collate([trees[i] for i in chosen], device)
-        score, count = search(
-            model, batch, radix, allowed, n_listed, softmax, width, prompts.packed
-        )
+        score, count = search(reader, reader.logits[first], allowed, n_listed, width)
         best, node = score.topk(n_listed, dim=1)  # (B, n_listed)
-        found = torch.where(best > -torch.inf, radix.item[node], -1)
-        items[chosen, :n_listed] = found.cpu().numpy()
-        scores[chosen, :n_listed] = best.cpu().double().numpy()
-        forwarded[chosen] = count.cpu().numpy()
-    return Ranking(items, scores, forwarded)
+        listed = torch.where(best > -torch.inf, radix.item[node], -1)
+        found.items[chosen, :n_listed] = listed.cpu().numpy()
+        found.scores[chosen, :n_listed] = best.cpu().double().numpy()
+        found.forwarded[chosen] = count.cpu().numpy()
+    return found
+
+
+def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
+    """`rank`, the windows shared out between ranks and laid so that they share trees.
+
+    Windows of a user may stand anywhere, such as one in validation and one in test. All ranks call
+    it and get the same Ranking; one process may as well. options: those of `rank`.
+    """
+    order = sorted(range(len(windows)), key=lambda i: windows[i].user)
+    together = by_shared_prefix([windows[i] for i in order])
+    pieces = [[order[j] for j in group] for group in together]
+
+    def rank_some(pieces):
+        indices = np.concatenate(pieces)
+        some = [windows[i] for i in indices]
+        own = seen and [seen[i] for i in indices]
+        return indices, *rank(model, prompts, some, k, seen=own, **options)
+
+    indices, *found = share_out(rank_some, pieces)
+    back = np.argsort(indices)
+    return Ranking(*(values[back] for values in found))
+
+
+def by_windows(trees, rows):
+    """Indices of trees in batches of at most `rows` windows, or of one tree, by length."""
+    batch = []
+    size = 0
+    for i in sorted(range(len(trees)), key=lambda i: len(trees[i].ids)):
+        more = len(set(trees[i].window))
+        if batch and size + more > rows:
+            yield batch
+            batch = []
+            size = 0
+        batch.append(i)
+        size += more
+    yield batch
+
+
+def target_nlls(logits, batch, trie):
+    """NLL in nats of the batch's target tokens, whose logits are (N, V) -> (full, legal), (N,).
+
+    full: softmax over the vocabulary; legal: over the continuations that some title has, as the
+    ranking uses it. numpy, float64.
+    """
+    logits = logits.float()
+    full = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
+    owner, token, chosen = legal_tokens(batch, trie)
+    legal = -log_softmax_over(logits, owner, token)[chosen]
+    return full.cpu().double().numpy(), legal.cpu().double().numpy()
 
 
 def unseen_titles(radix, seen):
@@ -227,18 +297,21 @@ def unseen_titles(radix, seen):
     return allowed
 
 
-def search(model, batch, radix, allowed, k, softmax, width, packed=True):
+def search(reader, logits, allowed, k, width):
     """Best-first search for B prompts -> (scores (B, R) of allowed titles, else -inf; count (B,)).
+
+    logits (B, V): after the prompts, which `reader` has read. allowed: (B, R).
 
     score[b, m] is the log-probability of the path to node m: exact once the edge to m is read, an
     upper bound before. Under 'trie' it is exact at once, since the rest of an edge is certain.
-    count: edges that were read. packed: the model follows a mask.
+    count: edges that were read.
     """
     B, R = allowed.shape
+    radix = reader.radix
+    softmax = reader.softmax
+    feed = reader.feed
     leaf = radix.item >= 0
-    feed = tokens_to_read(radix, softmax)  # (R,)
     openable = ~leaf | (feed > 0)  # (R,) there is something to learn from the edge to this node
-    reader = (CachedPrompts if packed else SeparatePrompts)(model, batch, radix, feed)
     result = torch.full((B, R), -torch.inf, device=leaf.device)
     count = torch.zeros(B, dtype=torch.long, device=leaf.device)
     alive = torch.arange(B, device=leaf.device)  # prompts that are still searched
@@ -246,7 +319,7 @@ def search(model, batch, radix, allowed, k, softmax, width, packed=True):
     read[:, 0] = True
     score = result.clone()
     score[:, 0] = 0
-    add_children(score, alive, torch.zeros_like(alive), reader.logits, radix, softmax)
+    add_children(score, alive, torch.zeros_like(alive), logits, radix, softmax)
     while True:
         final = torch.where(allowed & leaf & (read | ~openable), score, -torch.inf)  # (B, R)
         pick, useful = best_open(score, openable & ~read, final, k, width)  # (B, W) each
@@ -262,7 +335,7 @@ def search(model, batch, radix, allowed, k, softmax, width, packed=True):
         row, place = useful.nonzero(as_tuple=True)
         node = pick[row, place]  # (n,)
         count.index_add_(0, alive[row], torch.ones_like(row))
-        logits = reader.forward(row, node, every=softmax == "full")  # (tokens read, V)
+        logits = reader.forward(row, node)  # (tokens read, V)
         if softmax == "full":
             logits = add_rest_of_edges(score, row, node, logits, radix, feed)  # (n, V)
         read[row, node] = True
@@ -331,28 +404,46 @@ class EdgeTokens(NamedTuple):
     last: torch.Tensor  # (M,) bool: the last token of its edge
 
 
+def prompt_columns(batch):
+    """Which tree each of a batch's B prompts is in, and where -> (row (B,), columns (B, P)).
+
+    The columns of a prompt are the path from the root to its last marker token, then -1.
+    """
+    first = batch.place == 0
+    row = batch.row[first]
+    end = batch.predict_at[first]
+    if batch.mask is None:
+        on_path = torch.arange(batch.ids.shape[1], device=row.device) <= end[:, None]  # (B, T)
+    else:
+        on_path = batch.mask[row, 0, end] == 0
+    column = on_path.sort(dim=1, descending=True, stable=True).indices
+    inside = torch.arange(column.shape[1], device=row.device) < on_path.sum(1, keepdim=True)
+    return row, torch.where(inside, column, -1)[:, : int(on_path.sum(1).max())]
+
+
 class CachedPrompts:
     """B prompts in a KV cache that is only appended to; edges are forwarded as their branches.
 
-    logits (B, V): after the prompts. A token of an edge sees its prompt, the path to the node above
-    and its own edge so far. The cache holds P columns of prompts, then C columns of edges.
+    logits (N, V): of the batch's target tokens. A token of an edge sees its prompt, the path to the
+    node above and its own edge so far. The cache holds P columns of prompts, then C of edges.
     """
 
-    def __init__(self, model, batch, radix, feed):
-        B, P = batch.ids.shape
-        device = batch.ids.device
+    def __init__(self, model, batch, radix, softmax):
         self.model = model
         self.radix = radix
-        self.feed = feed
+        self.softmax = softmax
+        self.feed = tokens_to_read(radix, softmax)
         self.cache = whole_cache(model)
-        inputs = {"input_ids": batch.ids, "cache": self.cache, "use_cache": True}
-        self.logits = logits_at(model, batch.row, batch.predict_at, **inputs)
-        self.start = batch.predict_at + 1  # (B,) position of a title's first token
-        self.prompt = torch.arange(P, device=device) < self.start[:, None]  # (B, P) not padding
+        self.logits = target_logits(model, batch, cache=self.cache)
+        row, column = prompt_columns(batch)  # (B,), (B, P)
+        self.prompt = column >= 0  # (B, P) not padding
+        self.start = self.prompt.sum(1)  # (B,) position of a title's first token
+        take_columns(self.cache, row, column)
+        B = len(row)
         # Which edge column holds the last token before the children of a node; -1: not read.
-        self.slot = torch.full((B, len(radix.parent)), -1, device=device)  # (B, R)
+        self.slot = torch.full((B, len(radix.parent)), -1, device=row.device)  # (B, R)
         # Which edge columns each edge column sees: its ancestors and itself.
-        self.sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=device)  # (B, C, C)
+        self.sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=row.device)  # (B, C, C)
 
     def keep(self, active):
         """Drop the prompts that are not active (B,)."""
@@ -404,28 +495,30 @@ class CachedPrompts:
         mask = torch.zeros(allowed.shape, device=row.device)
         return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
 
-    def forward(self, row, node, every):
-        """Logits after each token (every) or the last one of the edges to `node` (n,).
+    def forward(self, row, node):
+        """Logits after the last token of the edges to `node` (n,), or after each under 'full'.
 
         row: (n,) their prompts, which must rise.
         """
         tokens = self.lay_out(row, node)
         inputs = {"input_ids": tokens.ids, "position_ids": tokens.position}
         inputs |= {"attention_mask": self.mask(tokens), "cache": self.cache, "use_cache": True}
-        read = torch.ones_like(tokens.last) if every else tokens.last
+        read = tokens.last | (self.softmax == "full")
         return logits_at(self.model, tokens.row[read], tokens.column[read], **inputs)
 
 
 class SeparatePrompts:
     """The same for models that follow no mask: each edge is forwarded after its whole prompt."""
 
-    def __init__(self, model, batch, radix, feed):
+    def __init__(self, model, batch, radix, softmax):
         self.model = model
         self.radix = radix
-        self.feed = feed
-        self.prompts = [ids[: stop + 1] for ids, stop in zip(batch.ids, batch.predict_at)]
-        inputs = {"input_ids": batch.ids, "use_cache": False}
-        self.logits = logits_at(model, batch.row, batch.predict_at, **inputs)
+        self.softmax = softmax
+        self.feed = tokens_to_read(radix, softmax)
+        self.logits = target_logits(model, batch)
+        first = batch.place == 0
+        ends = zip(batch.row[first].tolist(), batch.predict_at[first].tolist())
+        self.prompts = [batch.ids[row, : end + 1] for row, end in ends]
 
     def keep(self, active):
         self.prompts = [prompt for prompt, kept in zip(self.prompts, active) if kept]
@@ -437,12 +530,12 @@ class SeparatePrompts:
             parts.append(self.radix.edge[node, : self.radix.length[node]])
         return torch.cat([self.prompts[row], *reversed(parts)])
 
-    def forward(self, row, node, every):
+    def forward(self, row, node):
         length = self.feed[node]
         sequences = [self.sequence(*pair) for pair in zip(row.tolist(), node.tolist())]
         before = torch.tensor([len(ids) for ids in sequences], device=row.device) - length
         owner, offset = flat_ranges(length)
-        read = offset >= (0 if every else length[owner] - 1)
+        read = offset >= (0 if self.softmax == "full" else length[owner] - 1)
         column = before[owner] + offset
         # Padded behind, where nothing looks.
         ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
@@ -575,19 +668,15 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
 def token_nlls(model, prompts, trees, device="cpu"):
     """NLL in nats of every target token -> (full, legal, item, place, window), each (N,) numpy.
 
-    full: softmax over the vocabulary; legal: over the continuations that some title has, as the
-    ranking uses it.
+    full, legal: see target_nlls. `rank` finds them as well, on its way.
     """
     parts = []
     model.eval()
     for indices in by_length(trees):
         batch = collate([trees[i] for i in indices], device)
-        logits = target_logits(model, batch).float()  # (N, V)
-        full = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
-        owner, token, chosen = legal_tokens(batch, prompts.trie)
-        legal = -log_softmax_over(logits, owner, token)[chosen]
-        found = full.cpu().double(), legal.cpu().double(), batch.item, batch.place, batch.window
-        parts.append([x.cpu().numpy() for x in found])
+        full, legal = target_nlls(target_logits(model, batch), batch, prompts.trie)
+        place = [x.cpu().numpy() for x in (batch.item, batch.place, batch.window)]
+        parts.append([full, legal, *place])
     return [np.concatenate(part) for part in zip(*parts)]
 
 
@@ -637,7 +726,8 @@ def auxiliary_shares(aux, user, place, group, n_groups):
     return found
 
 
-AUDITED = 150  # windows the audit reads at most: its shares are then certain to about 0.014
+AUDITED = 100  # windows the audit reads at most: its shares are then certain to about 0.017
+GRADIENT_EVERY = 7  # of these, for the gradient: it costs as much as 25 forwards
 
 
 def audit(
@@ -657,55 +747,83 @@ def audit(
     ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
     Auxiliary share over all tokens and first tokens, by group and by place in the title: by
     ablation, with the softmax over the vocabulary ('ablation') and over legal continuations ('legal
-    ablation'), and by gradient on every fifth window, since it costs most; not at all where the
+    ablation'), and by gradient on every seventh window, since it costs most; not at all where the
     model has no forward-mode derivative. NDCG@10 lost when histories are shuffled between users
     (seen titles stay the user's own).
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows = [windows[i] for i in chosen]
     result = {"windows": len(windows)}
-    measure = functools.partial(attributions, model, device=device)
-    trees = build_trees(prompts, windows)
+
+    def measure(windows, method, softmaxes=(None,)):
+        trees = build_trees(prompts, windows)
+        note = f"audit ({method})"
+        return attributions(model, trees, method, softmaxes, device=device, note=note)
+
     softmaxes = None, prompts.trie
-    aux, user, legal_aux, legal_user, *token = measure(
-        trees, "ablation", softmaxes, note="audit (ablation)"
-    )
+    aux, user, legal_aux, legal_user, *token = measure(windows, "ablation", softmaxes)
     measured = {
         "ablation": (aux, user, *token),
         "legal ablation": (legal_aux, legal_user, *token),
     }
     if has_derivative(model, prompts, windows, device):
-        fifth = build_trees(prompts, windows[::5])
-        measured["gradient"] = measure(fifth, note="audit (gradient)")
+        measured["gradient"] = measure(windows[::GRADIENT_EVERY], "gradient")
     for name, (aux, user, item, place, _) in measured.items():
         of_token = None if group is None else group[item, place]
         result[name] = auxiliary_shares(aux, user, place, of_token, n_groups)
     shuffled = shuffle_histories(windows, seed)
     seen = [w.items[: w.stop] for w in windows]
-    ranking = rank(model, prompts, shuffled, 10, softmax, keep_seen, device=device, seen=seen)
+    options = {"softmax": softmax, "keep_seen": keep_seen, "device": device}
+    ranking = rank_by_all(model, prompts, shuffled, 10, seen, **options)
     lists = accuracy(ranking.items, ranking.scores, [w.items[w.stop] for w in windows])
     lost = float((ndcg[chosen] - lists["NDCG@10"]).mean())
     return result | {"NDCG@10 lost by shuffled histories": lost}
 
 
-def evaluate_model(
-    model, prompts, dataset, windows, group, n_groups, softmax="trie", keep_seen=False, device="cpu"
-):
-    """All that a table shows of a model on `windows` -> (metrics, {name: (n,)}, Ranking)."""
-    ranking = rank(model, prompts, windows, 10, softmax, keep_seen, device=device)
-    metrics, per_window = list_metrics(dataset, windows, ranking.items, ranking.scores)
-    trees = build_trees(prompts, windows)
-    full, legal, item, place, window = token_nlls(model, prompts, trees, device)
-    for name, nll in (("NLL", full), ("legal NLL", legal)):
-        per_window[name] = np.bincount(window, weights=nll, minlength=len(windows))
+def evaluate_model(model, prompts, dataset, windows, group, n_groups, **options):
+    """All that a table shows of a model on `windows` -> (metrics, {name: (n,)}, Ranking).
+
+    group: (items, L) or None. options: softmax, keep_seen, device, see `rank`.
+    """
+    parts = {"": windows}
+    return evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options)[""]
+
+
+def evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options):
+    """evaluate_model of several lists of windows, {name: windows}, at once -> {name: its result}.
+
+    Validation and test windows of a user share most of their history, which is then read once.
+    Under torchrun all ranks call it, and all get the whole result.
+    """
+    windows = [window for part in parts.values() for window in part]
+    ranking = rank_by_all(model, prompts, windows, **options)
+    found = {}
+    start = 0
+    for name, part in parts.items():
+        stop = start + len(part)
+        own = Ranking(*(values[start:stop] for values in ranking))
+        metrics, per_window = list_metrics(dataset, part, own.items, own.scores)
+        likelihood, per_title = likelihood_metrics(part, own, group, n_groups)
+        found[name] = metrics | likelihood, per_window | per_title, own
+        start = stop
+    return found
+
+
+def likelihood_metrics(windows, ranking, group, n_groups):
+    """Held-out likelihood in nats a title, and by group a token -> (metrics, {name: (n,)})."""
+    metrics = {}
+    per_window = {}
+    for name, nll in (("NLL", ranking.nll), ("legal NLL", ranking.legal_nll)):
+        per_window[name] = np.nansum(nll, axis=1)
         metrics[name] = float(per_window[name].mean())
     if group is not None:
-        of_token = group[item, place]
-        metrics["group NLL"] = by_group(full, of_token, n_groups)
-        metrics["group legal NLL"] = by_group(legal, of_token, n_groups)
+        token = ~np.isnan(ranking.nll)  # (n, L)
+        of_token = group[[w.items[w.stop] for w in windows], : token.shape[1]][token]
+        metrics["group NLL"] = by_group(ranking.nll[token], of_token, n_groups)
+        metrics["group legal NLL"] = by_group(ranking.legal_nll[token], of_token, n_groups)
         known = [x for x in metrics["group NLL"] if x is not None]
         metrics["worst group NLL"] = max(known, default=None)
-    return metrics, per_window, ranking
+    return metrics, per_window
 
 
 # ---------------------------------------------------------------- comparison
@@ -786,11 +904,11 @@ def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
     arguments = config["arguments"]
     group = np.array(read_json(folder.parent / "groups.json")["group"])
     part = "valid" if arguments["no_test"] else "test"
-    windows = getattr(dataset, part)
+    # Together, as training has them: equal batches round equally, so that figures agree.
+    parts = {"valid": dataset.valid} | ({} if arguments["no_test"] else {"test": dataset.test})
     options = {"softmax": arguments["rank_softmax"], "keep_seen": arguments["keep_seen"]}
-    metrics, per_window, ranking = evaluate_model(
-        model, prompts, dataset, windows, group, arguments["groups"], **options
-    )
+    found = evaluate_parts(model, prompts, dataset, parts, group, arguments["groups"], **options)
+    metrics, per_window, ranking = found[part]
     written = read_json(folder / "metrics.json").get(part, {})
     moved = {}
     for name, now in metrics.items():

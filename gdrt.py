@@ -160,7 +160,6 @@ def run(args):
 
 import argparse
 import datetime
-import functools
 import json
 import os
 import pickle
@@ -218,7 +217,7 @@ from data import (
 )
 from evaluate import (
     audit,
-    evaluate_model,
+    evaluate_parts,
     interval,
     list_metrics,
     loss_name,
@@ -229,6 +228,7 @@ from evaluate import (
 )
 from report import write_report
 
+HEAT_STEPS = 64  # of the report's heat map: on toy its gap to completeness is then 0.02%
 FORMAT = 2  # of checkpoint.pt; another number is not read
 BEGAN = time.perf_counter()  # of this process
 BETAS = (0.9, 0.99)  # of AdamW
@@ -897,7 +897,7 @@ def warm_up(setup, seed, folder, cfg):
 
 def form_groups(setup, args, cfg, path):
     """What groups.json holds: the relevance and the group of every target token; measured once."""
-    if not path.exists() and cfg.rank == 0:
+    if not path.exists():
         start = time.perf_counter()
         model, prompts, windows = setup.model, setup.prompts, setup.windows
         found = diagnose(model, prompts, windows, args.seed, cfg.device)
@@ -916,9 +916,16 @@ def form_groups(setup, args, cfg, path):
             "r": [list(map(stored, row)) for row in r.tolist()],
             "group": group.tolist(),
         }
-        write_atomic(path, json.dumps(groups))
-    barrier(cfg)
+        write_once(path, groups, cfg)
     return read_json(path)
+
+
+def write_once(path, content, cfg):
+    """Rank 0 writes the JSON, once all ranks have seen that it is not there and done their part."""
+    barrier(cfg)
+    if cfg.rank == 0:
+        write_atomic(path, json.dumps(content))
+    barrier(cfg)
 
 
 def print_groups(groups, setup, args, cfg):
@@ -959,8 +966,6 @@ def group_examples(groups, prompts, tokenizer, seed, width=72):
 
 def evaluate_baselines(setup, dataset, args, cfg, groups, folder):
     """{"popularity", "before": metrics}; before: the model as it is now, not yet fine-tuned."""
-    if cfg.rank > 0:
-        return None
     parts = {"valid": dataset.valid}
     if not args.no_test:
         parts["test"] = dataset.test
@@ -997,25 +1002,20 @@ def train_loss(loss, setup, groups, args, cfg, folder):
 
 
 def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
-    """Save the trained model and evaluate it -> its metrics; the other ranks wait."""
-    result = None
-    if cfg.rank == 0:
-        if not is_complete(folder / loss / "model"):
-            card = model_card(args, loss)
-            save_adapter(folder / loss / "adapter", setup.model)
-            weights = merged_weights(setup.model)
-            save_model(folder / loss / "model", setup.model, setup.tokenizer, card, weights)
-        result = evaluate_once(setup, dataset, args, cfg, groups, folder / loss)
-    barrier(cfg)
-    return result
+    """Save the trained model and evaluate it -> its metrics."""
+    if cfg.rank == 0 and not is_complete(folder / loss / "model"):
+        card = model_card(args, loss)
+        save_adapter(folder / loss / "adapter", setup.model)
+        weights = merged_weights(setup.model)
+        save_model(folder / loss / "model", setup.model, setup.tokenizer, card, weights)
+    return evaluate_once(setup, dataset, args, cfg, groups, folder / loss)
 
 
 def evaluate_once(setup, dataset, args, cfg, groups, folder):
-    """Metrics of the model as it stands, kept in folder/evaluation.json."""
+    """Metrics of the model as it stands, kept in folder/evaluation.json. All ranks do a share."""
     path = folder / "evaluation.json"
     if not path.exists():
-        result = evaluate_and_audit(setup, dataset, args, cfg, groups, folder)
-        write_atomic(path, json.dumps(result))
+        write_once(path, evaluate_and_audit(setup, dataset, args, cfg, groups, folder), cfg)
     return read_json(path)
 
 
@@ -1029,24 +1029,34 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
     model, prompts = setup.model, setup.prompts
     group_of = np.array(groups["group"])
     options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": cfg.device}
-    measure = functools.partial(
-        evaluate_model, model, prompts, dataset, group=group_of, n_groups=args.groups, **options
-    )
-    result = {}
+    parts = {}
     if args.no_test or folder.name != "before":  # nothing is chosen by the untrained model
-        result["valid"] = measure(dataset.valid)[0]
+        parts["valid"] = dataset.valid
     if not args.no_test:
-        result["test"], per_window, ranking = measure(dataset.test)
+        parts["test"] = dataset.test
+    found = evaluate_parts(model, prompts, dataset, parts, group_of, args.groups, **options)
+    result = {part: metrics for part, (metrics, _, _) in found.items()}
+    if not args.no_test:
+        _, per_window, ranking = found["test"]
         ndcg = per_window["NDCG@10"]
         result["audit"] = audit(
             model, prompts, dataset.test, group_of, args.groups, ndcg, seed=args.seed, **options
         )
-        write_predictions(folder / "predictions.jsonl", dataset, dataset.test, ranking, per_window)
-        if folder.name == args.loss[-1]:  # the report shows one heat map, of a short history
-            window = min(dataset.test, key=lambda window: window.stop - window.start)
-            record = token_attribution(model, setup.tokenizer, prompts, window, device=cfg.device)
-            write_atomic(folder / "heatmap.json", json.dumps(name_items(record, dataset.titles)))
+        if cfg.rank == 0:
+            path = folder / "predictions.jsonl"
+            write_predictions(path, dataset, dataset.test, ranking, per_window)
+            if folder.name == args.loss[-1]:
+                write_heat_map(folder / "heatmap.json", setup, dataset, cfg)
     return result | {"seconds": time.perf_counter() - start}
+
+
+def write_heat_map(path, setup, dataset, cfg):
+    """The report's heat map: one prompt of a short history, token by token."""
+    window = min(dataset.test, key=lambda window: window.stop - window.start)
+    record = token_attribution(
+        setup.model, setup.tokenizer, setup.prompts, window, steps=HEAT_STEPS, device=cfg.device
+    )
+    write_atomic(path, json.dumps(name_items(record, dataset.titles)))
 
 
 def write_metrics(folder, result, baselines, times, cfg):

@@ -95,9 +95,9 @@ relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) 
 auxiliary tokens, and the {{ split }} windows' NLL in each group, in nats a token.</p>
 {{ table(*part) }}{% endcall %}
 {%- call(part) section("Attribution") %}<p>The sum of |A aux| over that of |A aux| + |A user|, for
-the target tokens of {{ part.of.windows }} windows. First tokens are where a title is chosen. By
-ablation below: by group (0 is the least relevant to auxiliary tokens) and by place in the
-title.</p>{{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
+the target tokens of {{ part.of.windows }} windows, by gradient of every seventh. First tokens are
+where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
+{{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
 has of the training histories and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
 <p>NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to

@@ -16,10 +16,12 @@ the rows, `ROWS` last.
 """
 
 import argparse
+import concurrent.futures
 import copy
 import functools
 import json
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,7 +71,7 @@ from data import (
     tiny_tokenizer,
     write_atomic,
 )
-from evaluate import rank
+from evaluate import audit, evaluate_parts, rank
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -691,7 +693,7 @@ def catalogues(args):
     return {"curve": curve}
 
 
-def child_search(name, run, users, rows=64):
+def child_search(name, run, users, rows=32):
     """In its own process: rank test users.
 
     Returns time, prefixes forwarded, and memory a user of a batch of `rows`.
@@ -713,6 +715,67 @@ def child_search(name, run, users, rows=64):
         "forwarded, 95% of users under": float(np.quantile(ranking.forwarded, 0.95)),
         "MB a user": grown / MEGABYTE / min(rows, len(windows)),
     }
+
+
+def ranks(args):
+    """Evaluation of one model, by one process and shared out between two: time and peak memory.
+
+    Each process has one thread, so that two of them have twice the cores.
+    """
+    model, tokenizer, _ = trained("ml-100k", args.run)
+    users = max(8, round(len(dataset_of("ml-100k").users) * args.share))
+    with tempfile.TemporaryDirectory() as folder:
+        gdrt.save_model(Path(folder) / "model", model, tokenizer)
+        sides = {world: evaluated_by(world, folder, users) for world in (1, 2)}
+    one, two = [slowest(side) for side in sides.values()]
+    return {
+        "ratio": one / two,
+        "ours": users / two,
+        "peer": users / one,
+        "unit": "users/s",
+        "users": users,
+        "ranks": {str(world): side for world, side in sides.items()},
+    }
+
+
+def slowest(side):
+    """Seconds of the slowest of some processes."""
+    return max(process["seconds"] for process in side)
+
+
+def evaluated_by(world, folder, users):
+    """What each of `world` processes tells of one evaluation that they share out."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank):
+        values = "evaluation", folder, users, rank, world, port
+        last, peak = peak_memory(__file__, "--threads", 1, "--child", *values)
+        return {**json.loads(last), "peak MB": peak}
+
+    with concurrent.futures.ThreadPoolExecutor(world) as pool:
+        return list(pool.map(child, range(world)))
+
+
+def child_evaluation(run, users, rank, world, port):
+    """In its own process: validation and test windows of `users` users, and the audit."""
+    dataset = dataset_of("ml-100k")
+    model, _, prompts = trained("ml-100k", run)
+    if int(world) > 1:
+        place = {"rank": int(rank), "world_size": int(world)}
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, **place)
+    parts = {}
+    for part in "valid", "test":
+        parts[part] = [w for w in getattr(dataset, part) if w.user < int(users)]
+
+    def evaluate():
+        found = evaluate_parts(model, prompts, dataset, parts, None, 0)
+        audit(model, prompts, parts["test"], None, 0, found["test"][1]["NDCG@10"])
+
+    seconds, _ = seconds_of(evaluate)
+    return {"windows": sum(map(len, parts.values())), "seconds": seconds}
 
 
 # ---------------------------------------------------------------- rows: memory and limit
@@ -930,6 +993,7 @@ ROWS = {  # name: (function, what, peer, what it must reach)
         "at least 10",
     ),
     "catalogues": (catalogues, "search by size of catalogue", "itself", ""),
+    "ranks": (ranks, "evaluation by two ranks", "one process", "at least 1.7"),
     "memory": (memory, "peak memory of the main job", TRAINER, "at most 1"),
     "lora-memory": (
         lora_memory,
@@ -947,7 +1011,12 @@ ROWS = {  # name: (function, what, peer, what it must reach)
 
 
 # What rows run in processes of their own.
-CHILDREN = {"search": child_search, "trainer": child_trainer, "held": child_held}
+CHILDREN = {
+    "search": child_search,
+    "evaluation": child_evaluation,
+    "trainer": child_trainer,
+    "held": child_held,
+}
 
 
 def read_results(path):

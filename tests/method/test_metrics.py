@@ -638,7 +638,7 @@ def test_written_predictions_are_read_back(tmp_path):
     items[1, 9] = -1
     scores[1, 9] = -np.inf
     path = tmp_path / "p.jsonl"
-    ranking = evaluate.Ranking(items, scores, None)
+    ranking = evaluate.Ranking(items, scores, None, None, None)
     nll = {"NLL": [1.0, 2.0], "legal NLL": [0.5, 1.0]}
     evaluate.write_predictions(path, dataset, dataset.test, ranking, nll)
     again, same, missing = evaluate.read_predictions(

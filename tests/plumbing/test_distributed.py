@@ -1,6 +1,6 @@
-"""Ranks and micro-batches change nothing.
+"""Ranks and micro-batches change nothing: real gloo processes against one process.
 
-Gradients, q and training curves of real gloo processes against those of one process.
+Compared are gradients, q, training curves, metrics, the audit and relevance.
 """
 
 import json
@@ -24,8 +24,10 @@ from conftest import (
     start,
 )
 
+import attribution
+import evaluate
 import gdrt
-from data import build_trees
+from data import Dataset, build_trees
 
 K = 4
 OBJECTIVES = {
@@ -198,6 +200,58 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
     assert line["q"] == pytest.approx(q.tolist(), rel=1e-5)
 
 
+# ---------------------------------------------------------------- evaluation and relevance
+
+
+def evaluations():
+    """What the ranks share out, of seven trees (uneven) and of one (a rank has none)."""
+    model, prompts, _, group = world()
+    windows = random_windows(60, seed=3, users=7)
+    titles = [f"Title {i}" for i in range(60)]
+    users = [f"u{i}" for i in range(7)]
+    dataset = Dataset("small", "movies", titles, [()] * 60, users, windows, [], [], {}, None, "")
+    found = {}
+    for name, some in ("uneven", windows), ("a rank without a window", windows[:4]):
+        parts = {"valid": some[::2], "test": some[1::2]}
+        evaluated = evaluate.evaluate_parts(model, prompts, dataset, parts, group.numpy(), K)
+        ndcg = evaluated["test"][1]["NDCG@10"]
+        audited = evaluate.audit(model, prompts, parts["test"], group.numpy(), K, ndcg)
+        r = attribution.relevance(model, prompts, some)
+        tensors = {"r": torch.tensor(r)}
+        for part, (_, _, ranking) in evaluated.items():
+            for field, values in ranking._asdict().items():
+                tensors[f"{part} {field}"] = torch.tensor(values)
+        metrics = {part: metrics for part, (metrics, _, _) in evaluated.items()}
+        found[name] = json.dumps({**metrics, "audit": audited}), tensors
+    return found
+
+
+def save_evaluations(folder):
+    cfg = gdrt.make_train_config(gdrt.parser().parse_args(["--device", "cpu"]))
+    torch.save(evaluations(), f"{folder}/{cfg.rank}.pt")
+
+
+def leaves(value):
+    """The numbers and words of a JSON value, in order."""
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return [leaf for child in inner for leaf in leaves(child)]
+    return [value]
+
+
+def test_ranks_evaluate_and_measure_relevance_as_one_process_does(tmp_path):
+    assert on_ranks(2, save_evaluations, lambda rank: (tmp_path,)) == [0, 0]
+    alone = evaluations()
+    for rank in 0, 1:
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, (text, tensors) in alone.items():
+            told, theirs = shared[name]
+            ours, others = json.loads(text), json.loads(told)
+            assert leaves(others) == pytest.approx(leaves(ours), abs=1e-5), name
+            for key, values in tensors.items():
+                assert torch.allclose(theirs[key], values, atol=1e-5, equal_nan=True), (name, key)
+
+
 # ---------------------------------------------------------------- LoRA
 
 
@@ -259,7 +313,7 @@ def one(steady, tmp_path_factory):
 
 
 def test_torchrun_trains_what_one_process_trains(one):
-    """The whole command under the real torchrun: rank 0 alone evaluates and writes."""
+    """The whole command under the real torchrun: all ranks evaluate, rank 0 alone writes."""
     flags, folder = one
     run = subprocess.run(
         [
@@ -329,7 +383,7 @@ def fail_on_rank_0(name):
     setattr(gdrt, name, failing)
 
 
-@pytest.mark.parametrize("name", ["save_checkpoint", "evaluate_model"])
+@pytest.mark.parametrize("name", ["save_checkpoint", "evaluate_parts"])
 def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
     flags = [*steady, "--loss", "sft", "--out", str(tmp_path)]
     codes = on_ranks(

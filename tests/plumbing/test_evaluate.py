@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import gdrt
-from data import Dataset, InputError, Window, run_command
+from data import Dataset, InputError, Window, build_trees, run_command
 
 
 def world(users=5, seed=0):
@@ -88,6 +88,56 @@ def test_nlls_are_those_of_separate_prompts():
     json.dumps(metrics)
 
 
+def test_parts_evaluated_together_are_as_each_alone():
+    """Validation and test of a user share a history and so a tree; the figures stay their own."""
+    model, prompts, windows, dataset = world(seed=2)
+    group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))
+    parts = {"valid": windows[::2], "test": windows[1::2][:-1]}
+    together = evaluate.evaluate_parts(model, prompts, dataset, parts, group, 3)
+    assert list(together) == ["valid", "test"]
+    for name, part in parts.items():
+        metrics, per_window, ranking = evaluate.evaluate_model(
+            model, prompts, dataset, part, group, 3
+        )
+        ours, our_windows, our_ranking = together[name]
+        assert (our_ranking.items == ranking.items).all()
+        for field in "scores", "nll", "legal_nll":
+            alone = getattr(ranking, field)
+            assert getattr(our_ranking, field) == pytest.approx(alone, abs=1e-5, nan_ok=True)
+        assert list(our_windows) == list(per_window) and list(ours) == list(metrics)
+        for metric in "NDCG@10", "MGU@5", "coverage@10", "worst group NLL", "legal NLL":
+            assert ours[metric] == pytest.approx(metrics[metric], abs=1e-5)
+
+
+def test_parts_evaluated_together_read_a_shared_history_once(monkeypatch):
+    model, prompts, windows, dataset = world()
+    read = []
+    collate = evaluate.collate
+
+    def counted(trees, device):
+        read.append(len(trees))
+        return collate(trees, device)
+
+    monkeypatch.setattr(evaluate, "collate", counted)
+    parts = {"valid": windows[::2], "test": windows[1::2]}
+    evaluate.evaluate_parts(model, prompts, dataset, parts, None, 0)
+    assert sum(read) == len({w.user for w in windows}) < len(windows)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_likelihood_of_the_search_is_that_of_a_pass_of_its_own(kind):
+    """The logits that start the search also tell the target's NLL; Mamba reads separate prompts."""
+    _, prompts, windows, _ = world()
+    model = small_model(kind)
+    prompts = prompts._replace(packed=kind == "llama")
+    trees = build_trees(prompts, windows)
+    full, legal, _, place, window = evaluate.token_nlls(model, prompts, trees)
+    ranking = evaluate.rank(model, prompts, windows, 3, rows=6)
+    assert ranking.nll[window, place] == pytest.approx(full, abs=1e-5)
+    assert ranking.legal_nll[window, place] == pytest.approx(legal, abs=1e-5)
+    assert (~np.isnan(ranking.nll)).sum() == len(full)
+
+
 # ---------------------------------------------------------------- audit
 
 
@@ -129,12 +179,12 @@ def attribution_by_hand(model, prompts, window, points=None):
 
 def test_auxiliary_shares_by_hand():
     """All tokens, first tokens, by group, by place: sums of |A| over windows, then one quotient."""
-    model, prompts, windows, _ = world(users=2)
+    model, prompts, windows, _ = world(users=3)
     group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))
     found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
     for method, points in (("ablation", None), ("gradient", 4)):
         tokens = []  # (step, group, |A_aux|, |A_user|)
-        for window in windows[:: 5 if method == "gradient" else 1]:
+        for window in windows[:: 7 if method == "gradient" else 1]:
             A = attribution_by_hand(model, prompts, window, points)
             for j, (a, u) in enumerate(zip(A["aux"], A["user"])):
                 tokens.append((j, group[window.items[window.stop], j], abs(a), abs(u)))
