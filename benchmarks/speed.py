@@ -815,25 +815,27 @@ def node_count(trees):
 
 def lora_memory(args):
     """What training holds between two updates, by --lora 8 --precision bf16 and by all weights."""
-    held, peak = {}, {}
-    for rank in (8, 0):
-        last, peak[rank] = peak_memory(__file__, "--child", "held", rank, *threads_flag(args))
-        held[rank] = json.loads(last)
-    ours, theirs = (sum(held[rank].values()) for rank in (8, 0))
-    names = {8: "--lora 8", 0: "all weights"}
+    held = {}
+    peak = {}
+    for lora, name in ((8, "--lora 8"), (0, "all weights")):
+        last, peak[name] = peak_memory(__file__, "--child", "held", lora, *threads_flag(args))
+        held[name] = json.loads(last)
+    ours = sum(held["--lora 8"].values())
+    theirs = sum(held["all weights"].values())
     return {
         "ratio": ours / theirs,
         "ours": ours,
         "peer": theirs,
         "unit": "MB",
-        "held, MB": {names[rank]: held[rank] for rank in names},
-        "peak of the process, MB": {names[rank]: peak[rank] for rank in names},
+        "held, MB": held,
+        "peak of the process, MB": peak,
     }
 
 
 def child_held(rank):
     """In its own process: MB of weights, gradients and AdamW's state at the end of an update."""
-    dataset, job = dataset_of("ml-100k"), default_job("bf16")
+    dataset = dataset_of("ml-100k")
+    job = default_job("bf16")
     model, _, prompts = start(dataset, large=True)
     if int(rank):
         gdrt.add_lora(model, int(rank), 0, job)
