@@ -246,8 +246,8 @@ def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
     it and get the same Ranking; one process may as well. options: those of `rank`.
     """
     order = sorted(range(len(windows)), key=lambda i: windows[i].user)
-    together = by_shared_prefix([windows[i] for i in order])
-    pieces = [[order[j] for j in group] for group in together]
+    order = np.array(order)
+    pieces = [order[group] for group in by_shared_prefix([windows[i] for i in order])]
 
     def rank_some(pieces):
         indices = np.concatenate(pieces)
