@@ -245,9 +245,9 @@ def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
     Windows of a user may stand anywhere, such as one in validation and one in test. All ranks call
     it and get the same Ranking; one process may as well. options: those of `rank`.
     """
-    order = sorted(range(len(windows)), key=lambda i: windows[i].user)
-    order = np.array(order)
-    pieces = [order[group] for group in by_shared_prefix([windows[i] for i in order])]
+    order = np.array(sorted(range(len(windows)), key=lambda i: windows[i].user))
+    by_user = [windows[i] for i in order]
+    pieces = [order[group] for group in by_shared_prefix(by_user)]
 
     def rank_some(pieces):
         indices = np.concatenate(pieces)
