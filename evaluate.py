@@ -210,7 +210,8 @@ def rank(
     elif seen is None:
         seen = [window.items[: window.stop] for window in windows]
     n_listed = min(k, len(prompts.titles))
-    n, length = len(windows), prompts.trie.path.shape[1] - 1
+    n = len(windows)
+    length = prompts.trie.path.shape[1] - 1
     found = Ranking(
         items=np.full((n, k), -1),
         scores=np.full((n, k), -np.inf),
