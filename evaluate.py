@@ -727,8 +727,8 @@ def auxiliary_shares(aux, user, place, group, n_groups):
     return found
 
 
-AUDITED = 100  # windows the audit reads at most: its shares are then certain to about 0.017
-GRADIENT_EVERY = 7  # of these, for the gradient: it costs as much as 25 forwards
+AUDITED = 60  # windows the audit reads at most: its shares are then certain to about 0.022
+GRADIENT_EVERY = 6  # of these, for the gradient: it costs as much as 25 forwards
 
 
 def audit(
@@ -748,7 +748,7 @@ def audit(
     ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
     Auxiliary share over all tokens and first tokens, by group and by place in the title: by
     ablation, with the softmax over the vocabulary ('ablation') and over legal continuations ('legal
-    ablation'), and by gradient on every seventh window, since it costs most; not at all where the
+    ablation'), and by gradient on every sixth window, since it costs most; not at all where the
     model has no forward-mode derivative. NDCG@10 lost when histories are shuffled between users
     (seen titles stay the user's own).
     """

@@ -936,8 +936,8 @@ def print_groups(groups, setup, args, cfg):
     print(format_table(header, group_examples(groups, setup.prompts, setup.tokenizer, args.seed)))
     user = groups["diagnosis"]["user information"]
     language = groups["diagnosis"]["language share"]
-    print(f"after the warm-up: the history is worth {user:.3f} nats a title (user information);")
-    print(f"tokens with one continuation hold {language:.0%} of SFT's loss (language share)")
+    found = f"user information {user:.3f} nats a title, language share {language:.0%} of SFT's loss"
+    print(f"after the warm-up: {found}")
     if user < LITTLE_USER and args.relevance != "probability":
         print(
             "The model hardly uses the user yet: the order of the tokens with a choice is noise.\n"
