@@ -84,6 +84,24 @@ def test_main_job(tmp_path, monkeypatch):
         assert float(row[4]) >= 0.065
 
 
+def test_the_front_page_stays_one():
+    """200 lines, 13 KB; prose and code to 100 columns, tables to 110; files and rulers as named."""
+    lines = README.splitlines()
+    assert len(lines) <= 200 and len(README.encode()) <= 13_000
+    assert [line for line in lines if len(line) > (110 if line.startswith("|") else 100)] == []
+    named = re.findall(r"`(\w+\.py)` to (?:line )?(\d+)", README)
+    assert [name for name, _ in named] == ["data.py", "attribution.py", "evaluate.py", "gdrt.py"]
+    for name, line in named:
+        assert "plumbing" in (ROOT / name).read_text(encoding="utf-8").splitlines()[int(line)]
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).exists()
+
+
+def test_own_trainer_takes_forty_lines():
+    section = re.search(r"## In your own trainer\n.*?(?=\n## )", README, re.S)[0]
+    assert len(section.splitlines()) <= 40
+
+
 def test_tables_are_those_of_the_results(monkeypatch):
     """What speed.py --table, tables.py and relevance.py make of results/ stands in the README."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
