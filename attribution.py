@@ -1,12 +1,10 @@
-"""How much a target token owes to the auxiliary tokens and how much to the user; groups of like r.
+"""How much target tokens owe to the auxiliary tokens and to the user; groups of similar relevance.
 
-The auxiliary tokens of a target token are the task's words and the title's own prefix. Read down to
-the ruler: the attribution of log p of a target token to a segment of its prompt, the relevance r
-that follows from it, and the cut of all target tokens into groups by r.
+The auxiliary tokens of a target token are the task, the marker and the title's own prefix.
 
     symbol   paper / docs            here
     a, u     auxiliary, user tokens  segments TEMPLATE and TITLE, segment USER
-    A_S(t)   attribution, nats       `segment_gradient`, `ablations`  (N,)
+    A_S(t)   attribution, nats       `segment_gradient`  (N,), N target tokens in a batch
     r        relevance, in [0, 1]    `ratio`: (|A_aux| + c) / (|A_aux| + |A_user| + c)
 """
 
@@ -17,12 +15,12 @@ import torch.autograd.forward_ad as forward_ad
 from data import TEMPLATE, TITLE, USER, InputError, build_trees, legal_tokens, target_logits
 
 AUXILIARY = (TEMPLATE, TITLE)
-POINTS = 4  # on the path; rank correlation of r with its limit, the ablation: 0.74 at 2, 0.91 at 4
+POINTS = 4  # on the path; rank correlation of r with its limit at many points: 2 0.74, 4 0.91
 FLOOR = 0.5  # c, nats: a token that is all but certain owes nothing to the user (see `ratio`)
 
 
 def path_ends(model, batch, segment):
-    """(E, E - baseline on the segment's tokens and 0 elsewhere). Shapes: (B, T, D) each.
+    """(E, E - baseline on the segment's tokens and 0 elsewhere), (B, T, D) each.
 
     The baseline is the mean of what the embedding layer returns over its vocabulary.
     """
@@ -54,24 +52,36 @@ def segment_gradient(model, batch, segment, points=POINTS, trie=None):
 def ratio(aux, user, floor=FLOOR):
     """r = (|A_aux| + c) / (|A_aux| + |A_user| + c), elementwise (the floor c is our choice).
 
-    Without c, a token that is all but certain has the quotient of two tiny numbers; with it such a
-    token needs no user. On toy c raises the rank correlation of seeds from 0.04 to 0.17.
+    Without c, a token that is all but certain has the quotient of two tiny numbers; with it, such a
+    token needs no user. On toy, c raises r's rank correlation between seeds from 0.04 to 0.17.
     """
     aux = np.abs(aux)
     user = np.abs(user)
     return (aux + floor) / (aux + user + floor)
 
 
+def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
+    """Relevance r (N,) of every target token of a batch: of trees, or of a `plain_batch`. In fp32.
+
+    method "ablation" takes the path's ends alone, "probability" r = p(y_t | a, y_<t), no history.
+    With a trie, log p is over legal continuations, else over the vocabulary.
+    """
+    check_targets(model, batch, trie)
+    with scoring(model):
+        if method == "probability":
+            return prior_probability(model, batch, trie)
+        aux, user = segment_attributions(model, batch, method, (trie,), points)  # (N,), (N,)
+    return ratio(aux.cpu().double().numpy(), user.cpu().double().numpy())
+
+
 def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0, device="cpu"):
     """Relevance of target tokens to their auxiliary tokens -> (items, L), NaN where not measured.
 
-    A property of (title, place in the title): the mean of r over a seeded sample of the windows
-    with that title as target. log p is over LEGAL continuations, and one alone makes r = 1 (our
-    choice): AUC for toy's planted bias 0.995, over the vocabulary 0.51. No other definition was
-    seen to pay (results/). method "probability": r = p(y_t | a, y_<t), the history empty.
+    One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
+    that title as target. log p is over LEGAL continuations, which finds toy's planted bias with AUC
+    0.995, against 0.51 over the vocabulary; where only one is legal, r = 1.
     """
-    alone = method == "probability"
-    sample = without_history(windows) if alone else sample_windows(windows, seed)
+    sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
     def measure(batch):
         return [token_relevance(model, batch, method, points, prompts.trie)]
@@ -84,16 +94,16 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 def cut(r, weight, n_groups):
     """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
 
-    r, weight: arrays of one shape; group: the same shape, 0 the least relevant to auxiliary tokens,
-    -1 where r is NaN. Equal r, equal group, as far as that allows equal weight. cuts: lowest r of
-    each group. An empty group is an InputError.
+    r, weight (how often a token is trained on): arrays of one shape; group: the same shape, 0 the
+    least relevant to auxiliary tokens, -1 where r is NaN. Equal r always share a group, so weights
+    are equal only as far as ties allow. cuts: lowest r of each group.
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
     mass = np.bincount(index, weights=weight[known])  # of every different value
-    # A value that weighs more than an equal share fills a group of its own; the rest is cut evenly.
+    # No value is split: one heavier than an equal share counts as one share when the rest is cut.
     size = mass.sum() / n_groups
-    large = mass < 0
+    large = np.zeros(len(mass), bool)
     while len(values) >= n_groups and (mass[~large] > size).any():
         large = mass > size
         size = mass[~large].sum() / (n_groups - large.sum())
@@ -103,10 +113,7 @@ def cut(r, weight, n_groups):
     group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
     if (shares == 0).any():
-        raise InputError(
-            f"--groups {n_groups}: ties in relevance leave group {int(np.argmin(shares))} empty; "
-            "use fewer groups"
-        )
+        raise InputError(f"--groups {n_groups}: ties leave a group empty; use fewer groups")
     group = np.full(r.shape, -1)
     group[known] = group_of_value[index]
     cuts = [float(values[group_of_value == g][0]) for g in range(n_groups)]
@@ -249,13 +256,8 @@ def log_prob_derivative(logits, tangent, label, legal=None):
     )
 
 
-def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
-    """Relevance r (N,) of a Batch's target tokens: of trees, or of a `plain_batch`. In fp32.
-
-    method: "gradient", "ablation" or "probability", as in `relevance`. With a trie, log p is over
-    legal continuations, else over the vocabulary. Every token but the user's and BOS is auxiliary.
-    Each token has an r of its own here; `relevance` takes means over the windows of a title.
-    """
+def check_targets(model, batch, trie):
+    """Refuse target tokens that the trie does not allow, and prompts beyond a model's window."""
     if trie is not None and len(legal_tokens(batch, trie)[2]) < len(batch.label):
         raise InputError("labels: a target token is no legal continuation of its title `item`")
     longest = int(batch.position.max()) + 1
@@ -264,14 +266,13 @@ def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
             f"a prompt of {longest} tokens is longer than the model's window of "
             f"{shortest_window(model)}, which the batch's mask would lift; shorten it"
         )
-    with scoring(model):
-        if method == "probability":
-            legal = trie and legal_tokens(batch, trie)
-            logits = target_logits(model, without_user(batch))  # (N, V)
-            log_p = label_log_prob(logits, batch.label, legal)  # (N,)
-            return np.exp(log_p.cpu().double().numpy())
-        aux, user = segment_attributions(model, batch, method, (trie,), points)  # (N,), (N,)
-    return ratio(aux.cpu().double().numpy(), user.cpu().double().numpy())
+
+
+def prior_probability(model, batch, trie=None):
+    """p(y_t | a, y_<t) of every target token, (N,): the user's tokens are out of sight."""
+    legal = trie and legal_tokens(batch, trie)
+    logits = target_logits(model, without_user(batch))  # (N, V)
+    return label_log_prob(logits, batch.label, legal).cpu().double().exp().numpy()
 
 
 def segment_attributions(model, batch, method="gradient", tries=(None,), points=POINTS):

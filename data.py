@@ -1,14 +1,13 @@
 """Datasets, prompts, tokeniser, title trie and trees: what lies between ratings and tokens.
 
-    item        index into Dataset.titles; ids of the source that share a title are one item
-    positive    a rating of at least --min-rating; a user's positives are ordered by time
-    window      one prediction: history items[start:stop], target items[stop] of one user
-    H           --history: how long a history is, see `history_start`
-    segment     what a token of a prompt belongs to: BOS, TEMPLATE, USER or TITLE
-    legal       a token is legal after a title's prefix if some title goes on with it
-    tree        prompts of one user that share their prefix, packed into one sequence
-
-No MovieLens data here: its licence forbids redistribution; `fetch_movielens` gets it.
+item        index into Dataset.titles; ids of the source that share a title are one item
+positive    a rating of at least --min-rating; a user's positives are ordered by time
+window      one prediction: history items[start:stop], target items[stop] of one user
+split       the last positive of a user tests, the one before validates (--split time: by time)
+H           --history: a history has H to 2H - 1 items, fewer early on; see `history_start`
+segment     what a token of a prompt belongs to: BOS, TEMPLATE, USER, TITLE, or PAD
+legal       a token is legal after a title's prefix if some title goes on with it
+tree        prompts of one user that share their prefix, packed into one sequence
 """
 
 from typing import NamedTuple
@@ -24,9 +23,9 @@ class Window(NamedTuple):
 
 
 def history_start(stop, history):
-    """Where the history of target `stop` starts: it holds the H to 2H - 1 latest positives.
+    """Where the history of target `stop` starts: it holds the latest H to 2H - 1 positives, or all.
 
-    H targets in a row share their start, so that one packed tree can serve them all (our choice).
+    Targets in a row share their start, so that one packed tree can serve them all (our choice).
     """
     return max(0, (stop // history - 1) * history)
 
@@ -54,7 +53,7 @@ class Prompts(NamedTuple):
     titles: list  # item -> tokens of the quoted title, without EOS
     eos: int
     max_positions: int  # positions the model has
-    trie: "Trie"  # the legal continuations, packed
+    trie: "Trie"  # the legal continuations, as arrays
     packed: bool = True  # False: the model takes no tree's mask, see `fall_back_to_unpacked`
 
 
@@ -66,14 +65,10 @@ def one_prompt(prompts, window):
     pieces = [(prompts.bos, BOS), (prompts.task, TEMPLATE)]
     for item in window.items[window.start : window.stop]:
         pieces.append((prompts.titles[item] + prompts.separator, USER))
-    pieces.append((prompts.marker, TEMPLATE))
     target = prompts.titles[window.items[window.stop]] + [prompts.eos]
-    pieces.append((target, TITLE))
-    ids = []
-    segments = []
-    for tokens, segment in pieces:
-        ids += tokens
-        segments += [segment] * len(tokens)
+    pieces += [(prompts.marker, TEMPLATE), (target, TITLE)]
+    ids = [token for tokens, _ in pieces for token in tokens]
+    segments = [segment for tokens, segment in pieces for _ in tokens]
     return ids, segments, len(ids) - len(target)
 
 
@@ -82,8 +77,7 @@ def legal_continuations(titles):
     legal = {}
     for title in titles:
         for place, token in enumerate(title):
-            prefix = tuple(title[:place])
-            legal.setdefault(prefix, set()).add(token)
+            legal.setdefault(tuple(title[:place]), set()).add(token)
     return legal
 
 

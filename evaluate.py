@@ -1,10 +1,8 @@
 """How good a recommender is: exact ranking, accuracy, fairness, and where the model looks.
 
-Above the ruler stands what is measured, by its definition. `rank_by_definition` lists the best
-titles; `accuracy` asks whether the one that the user chose is among them, `fairness` what kinds of
-titles the lists show, and `auxiliary_share` how much of an attribution rests on auxiliary tokens.
-Below it, `rank` runs the same search in batches, `evaluate_model` and `audit` put a model through
-all of it, `interval` says how sure we are, and the command compares finished runs.
+Above the ruler is what we measure, by definition. Below it, `rank` runs the same search in
+batches, `evaluate_model` and `audit` put a model through all of it, `interval` says how sure we
+are, and the command compares finished runs.
 """
 
 import heapq
@@ -14,17 +12,17 @@ import torch
 
 from data import InputError, build_tree
 
-GROUPS = 5  # popularity groups of MGU and DGU
+GROUPS = 5  # popularity groups of MGU and DGU, of equally many titles
 
 
 @torch.no_grad()
 def rank_by_definition(model, prompts, window, k=10):
-    """The k best titles that are new to the user -> [(item, score)], best first. Our choice.
+    """The k best titles that are new to the user (our choice) -> [(item, score)], best first.
 
     A title's score is the log-probability of its tokens, EOS included, after the window's prompt,
     each normalised over the legal continuations: the tokens that some title has after this prefix.
-    Scores only fall along a path of the trie. So when the best open prefix is a complete title, no
-    other title can beat it: the list is exact, and there is no beam width. model: in eval mode.
+    Scores only fall along a path of the trie. So when the best entry of the heap is a whole title,
+    no other can beat it: the list is exact, and there is no beam width. model: in eval mode.
     """
     trie = prompts.trie
     prompt = build_tree(prompts, [window], [0], targets=False).ids.tolist()
@@ -71,15 +69,15 @@ def accuracy(items, scores, targets, ks=(5, 10)):
 def fairness(GP, GH):
     """(MGU, DGU) over the last axis (..., G): MGU = mean |GU|, DGU = max GU - min GU, GU = GP - GH.
 
-    GP: shares of the top-K lists that groups have; GH: their shares of the training positives
-    (Jiang et al., WWW 2024). MGU is at most 2 / G: compare it only between equal groups.
+    GP: each group's share of the top-K lists; GH: its share of the training positives (Jiang et
+    al., WWW 2024). MGU is at most 2 / G: compare it only at equal G.
     """
     GU = GP - GH
     return np.abs(GU).mean(-1), GU.max(-1) - GU.min(-1)
 
 
 def auxiliary_share(aux, user):
-    """sum |A_aux| / sum(|A_aux| + |A_user|) of the audit, from attributions (N,); None for 0/0."""
+    """sum |A_aux| / sum(|A_aux| + |A_user|) over target tokens, attributions (N,); None for 0/0."""
     aux = np.abs(aux).sum()
     user = np.abs(user).sum()
     return float(aux / (aux + user)) if aux + user > 0 else None

@@ -5,7 +5,7 @@ and the title's own prefix) and neglects the user's history. GDRT groups the tar
 relevance to the auxiliary tokens and minimises a group-DRO objective over the groups, so that
 badly served groups weigh more (arXiv 2510.10978, reconstructed from its abstract).
 
-    g, K          group of a token, number   group, n_groups
+    g, K          a token's group, how many  group, n_groups
     L_g, n_g      mean NLL, number of tokens group_loss, count
     q_g, tau      its weight, temperature    q, tau
 
@@ -72,7 +72,7 @@ def gdrt_rule(tau, prior):
 def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
     """One update on the global batch `trees` -> (next state of the rule, line for metrics.jsonl).
 
-    group_of (items, L): the group of each title's tokens, int64.
+    group_of (items, L): the group of each title's tokens, int64; no target's is -1.
     """
     batches = micro_batches(trees, cfg)
     groups = [group_of[batch.item, batch.place] for batch in batches]  # (N,) each
@@ -105,54 +105,56 @@ def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
 def train(
     model, prompts, trees, batches, span, group_of, rule, n_groups, cfg, folder=None, begin=None
 ):
-    """Do the updates span[0] .. span[1] of a run's `batches` -> seconds they took.
+    """Run the updates span[0] to span[1] - 1 of a run's `batches` -> the seconds they took.
 
-    Logs to folder/metrics.jsonl and goes on from folder/checkpoint.pt where one is, else from the
-    checkpoint `begin`, where an earlier stage ended. A loss that is not finite is an InputError.
+    Logs to folder/metrics.jsonl. Resumes from folder/checkpoint.pt if it exists, else starts from
+    `begin`, the checkpoint of the stage before. A loss that is not finite is an InputError.
     """
     optimizer = torch.optim.AdamW(
         trainable(model), lr=cfg.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
-    state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # log q, uniform
+    state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # log q, of group-dro
     model.train()
     with Journal(folder, span, model, optimizer, state, begin, cfg) as journal:
         for step in journal.steps():
             optimizer.param_groups[0]["lr"] = learning_rate(step, len(batches), cfg.lr)
-            batch = [trees[i] for i in batches[step]]
+            chosen = [trees[i] for i in batches[step]]
             journal.state, line = training_step(
-                model, optimizer, batch, prompts, group_of, rule, journal.state, cfg
+                model, optimizer, chosen, prompts, group_of, rule, journal.state, cfg
             )
-            journal.record(step, line, batch, batches[step])
+            journal.record(step, line, chosen, batches[step])
         return journal.seconds()
 
 
 def run(args):
-    """The whole method in ten steps. Those whose files are there already are not done again."""
+    """The whole method in ten steps; a step whose files exist is skipped."""
     cfg = make_train_config(args)
     folder = Path(args.out) / args.name
 
     # 1. Data: windows of a user's history and the title that came next.
     dataset, config = open_dataset(folder, args, cfg)
-    # 2. A model and every piece of a prompt in tokens; 3. batches, alike for all losses.
+    # 2. A model, and every piece of a prompt in tokens.
+    # 3. Batches, alike for all losses.
     setup = prepare(args, dataset, cfg)
     write_config(folder, config, setup, dataset, cfg)
     untrained = copy.deepcopy(trained_weights(setup.model))
-    # 4. SFT warm-up, shared by all losses: a model without users cannot be asked about them.
+    # 4. SFT warm-up, shared by all losses: a model that has seen no user cannot be asked about one.
     warmup_seconds = warm_up(setup, args.seed, folder / "warmup", cfg)
-    # 5. The relevance of every target token to its auxiliary tokens; 6. groups of like relevance.
+    # 5. The relevance of every target token to its auxiliary tokens.
+    # 6. Groups of similar relevance.
     groups = form_groups(setup, args, cfg, folder / "groups.json")
     print_groups(groups, setup, args, cfg)
-    # 7. What there is to beat: popularity, and the model before it was fine-tuned.
+    # 7. The baselines: popularity, and the model before fine-tuning.
     load_trained(setup.model, untrained)
     baselines = evaluate_baselines(setup, dataset, args, cfg, groups, folder)
     for loss in args.loss:
-        # 8. Every loss goes on from the warm-up, on the same batches in the same order.
+        # 8. Every loss goes on from the warm-up's checkpoint, on the same batches, in one order.
         seconds = train_loss(loss, setup, groups, args, cfg, folder)
         # 9. Exact ranking of the whole catalogue, likelihood, fairness, where the model looks.
         result = evaluate_loss(loss, setup, dataset, args, cfg, groups, folder)
         times = {"warm-up": warmup_seconds, "train": seconds, "relevance": groups["seconds"]}
         write_metrics(folder / loss, result, baselines, times, cfg)
-    # 10. One table, and how sure it is.
+    # 10. One table of results, and how sure they are.
     print_results(folder, args, cfg)
 
 

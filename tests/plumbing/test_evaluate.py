@@ -184,7 +184,7 @@ def test_auxiliary_shares_by_hand():
     found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
     for method, points in (("ablation", None), ("gradient", 4)):
         tokens = []  # (step, group, |A_aux|, |A_user|)
-        for window in windows[:: 7 if method == "gradient" else 1]:
+        for window in windows[:: evaluate.GRADIENT_EVERY if method == "gradient" else 1]:
             A = attribution_by_hand(model, prompts, window, points)
             for j, (a, u) in enumerate(zip(A["aux"], A["user"])):
                 tokens.append((j, group[window.items[window.stop], j], abs(a), abs(u)))
