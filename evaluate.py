@@ -936,7 +936,8 @@ def pool(runs):
     found = {}
     for run in sorted(runs, key=lambda run: run["config"]["arguments"]["seed"]):
         setting = dict(run["config"]["arguments"])
-        del setting["seed"], setting["loss"]
+        for name in ("seed", "loss", "dataset"):  # the data is the same, wherever it lay
+            del setting[name]
         found.setdefault((run["loss"], json.dumps(setting)), []).append(run)
     settings = [json.loads(text) for _, text in found]
     differ = []

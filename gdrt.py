@@ -707,8 +707,12 @@ def open_dataset(folder, args, cfg):
     """
     if cfg.rank > 0:
         barrier(cfg)
+    domain = args.domain
+    if args.resume and (folder / "config.json").exists():
+        # The folder's name may have told the domain, and may be another now.
+        domain = domain or read_json(folder / "config.json").get("domain")
     options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
-    dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=args.domain, **options)
+    dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=domain, **options)
     config = open_run(folder, args, dataset) if cfg.rank == 0 else None
     if cfg.rank == 0:
         print_stats(dataset)

@@ -327,6 +327,7 @@ def test_all_losses_see_the_same_batches(launch):
     assert lines["sft"][-1]["group_nll"] != lines["gdrt"][-1]["group_nll"]
 
 
+@pytest.mark.slow  # test_trees.py has the same in small
 def test_no_pack_follows_the_same_curve(launch):
     packed = launch("--loss", "sft", "gdrt")
     windows = []

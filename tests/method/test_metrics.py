@@ -389,10 +389,12 @@ def fake_run(loss, seed, items, dataset, **arguments):
     """What evaluate.py reads of a run with these lists, for `pool`."""
     scores = -np.tile(np.arange(items.shape[1], dtype=float), (len(items), 1))
     metrics, per_window = evaluate.list_metrics(dataset, dataset.test, items, scores)
+    # The data may have lain elsewhere for each seed: the runs are pooled all the same.
+    given = {"seed": seed, "tau": 1.0, "loss": ["sft", "gdrt"], "dataset": f"place{seed}"}
     return {
         "loss": loss,
         "folder": Path(f"{loss}{seed}"),
-        "config": {"arguments": {"seed": seed, "tau": 1.0, "loss": ["sft", "gdrt"]} | arguments},
+        "config": {"arguments": given | arguments},
         "metrics": metrics,
         "per_window": per_window,
         "items": items,

@@ -262,7 +262,7 @@ def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatc
     argv = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"]
     link = tmp_path / "link"
     link.symlink_to(films)
-    copied = tmp_path / "copied" / films.name
+    copied = tmp_path / "copied" / "books"  # another domain, were the name to tell it
     shutil.copytree(films, copied)
     monkeypatch.chdir(films.parent)
     for place in (films.name, link, copied):
