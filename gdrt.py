@@ -1142,7 +1142,7 @@ def make_train_config(args):
     precision = pick_precision(args.precision, device)
     is_asked = device == "cuda" or args.precision == "bf16"
     if world > 1 and not torch.distributed.is_initialized():
-        patience = datetime.timedelta(days=7)  # the other ranks wait while rank 0 evaluates
+        patience = datetime.timedelta(days=7)  # ranks wait for each other, and rank 0 writes alone
         backend = "nccl" if device == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=patience)
     return TrainConfig(
