@@ -321,6 +321,9 @@ TITLE_FIELDS = {  # in this order -> the domain that the name tells
     "product_name": None,
     "name": None,
 }
+# What holds a preference in a .inter file, in this order and in upper or lower case.
+RATING_FIELDS = "rating", "ratings", "score", "stars"
+LABEL_FIELDS = "label", "click", "is_click"
 GENRE_FIELDS = "class", "genre", "genres", "categories", "category", "type"
 GENRE_DOMAINS = {
     "Books": "book",
@@ -417,24 +420,42 @@ def field_types(data, name):
     return {field_name(value): value.strip().partition(":")[2] for value in header}
 
 
-def read_rating(row, place):
-    """A line's rating; without one, label 0 is no positive and anything else is."""
-    if "rating" in row:
-        return number(row["rating"], place)
-    if "label" not in row:
+def preference_fields(row):
+    """The names of the fields that hold a line's rating and its label, each None if not there."""
+    names = {name.lower(): name for name in row}
+    rating = next((names[field] for field in RATING_FIELDS if field in names), None)
+    label = next((names[field] for field in LABEL_FIELDS if field in names), None)
+    return rating, label
+
+
+def read_rating(row, place, fields):
+    """A line's rating; without one, label 0 is no positive and anything else is.
+
+    fields: of `preference_fields`.
+    """
+    rating, label = fields
+    if rating is not None:
+        return number(row[rating], place)
+    if label is None:
         return 1e9
-    label = number(row["label"], place)
-    if label not in (-1, 0, 1):
-        raise InputError(f"{place}: label should be 0 or 1; call the field rating if it rates")
-    return 1e9 if label > 0 else -1e9
+    value = number(row[label], place)
+    if value not in (-1, 0, 1):
+        name = normalize_text(label)[:40]
+        raise InputError(f"{place}: {name} should be 0 or 1; call the field rating if it rates")
+    return 1e9 if value > 0 else -1e9
 
 
 def parse_ratings(data, name):
     """u.data, ratings.dat, ratings.csv or .inter -> [(user id, item id, rating, seconds)]."""
     ratings = []
+    fields = None
     for place, row in records(data, name, ("user_id", "item_id", "timestamp")):
+        if fields is None:
+            fields = preference_fields(row)
+            if fields == (None, None):
+                announce(f"{name}: no field rating or label, so every row counts as positive")
         moment = number(row["timestamp"], place)
-        ratings.append((row["user_id"], row["item_id"], read_rating(row, place), moment))
+        ratings.append((row["user_id"], row["item_id"], read_rating(row, place, fields), moment))
     return ratings
 
 
@@ -603,12 +624,18 @@ def parse_histories(data, name):
 
 
 def parse_sessions(data, name):
-    """RecBole's .inter with item_id_list -> [(seconds, user id, [item ids, the target last])]."""
+    """RecBole's .inter with item_id_list -> [(seconds, user id, [item ids, the target last])].
+
+    Where no rating stands beside it, a label of 0 says that the target was no positive.
+    """
     windows = []
     for place, row in records(data, name, ("user_id", "item_id_list", "item_id")):
         ids = row["item_id_list"].split() + [row["item_id"]]
         if len(ids) < 2:
             raise InputError(f"{place}: item_id_list should hold one id or more")
+        rating, label = preference_fields(row)
+        if rating is None and read_rating(row, place, (None, label)) < 0:
+            continue
         moment = float(len(windows))
         if "timestamp" in row:
             moment = number(row["timestamp"], place)

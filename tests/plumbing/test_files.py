@@ -197,6 +197,35 @@ def test_label_0_is_no_positive():
         parse_ratings(text.replace("0.0", "3.0").encode(), "x.inter")
 
 
+def test_a_session_labelled_0_is_no_window():
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token\tlabel:float"
+    text = f"{header}\nu\t1 2\t3\t0.0\nu\t1 2\t4\t1.0\n"
+    assert data.parse_sessions(text.encode(), "x.train.inter") == [(0.0, "u", ["1", "2", "4"])]
+    rated = text.replace("label", "rating")
+    assert len(data.parse_sessions(rated.encode(), "x.train.inter")) == 2
+
+
+@pytest.mark.parametrize("field", ["rating", "Rating", "ratings", "score", "STARS"])
+def test_what_rates_is_read_as_the_rating(field, capsys):
+    text = interactions(f"user_id:token\titem_id:token\t{field}:float\ttimestamp:float", last="2")
+    assert {row[2] for row in parse_ratings(text.encode(), "x.inter")} == {2.0}
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("field", ["label", "Label", "click", "is_click"])
+def test_a_click_is_read_as_a_label(field, capsys):
+    text = interactions(f"user_id:token\titem_id:token\t{field}:float\ttimestamp:float", last="0")
+    assert all(row[2] < 0 for row in parse_ratings(text.encode(), "x.inter"))
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_preference_every_row_is_positive_and_one_line_says_so(capsys):
+    text = interactions("user_id:token\titem_id:token\tprice:float\ttimestamp:float")
+    assert all(row[2] > 5 for row in parse_ratings(text.encode(), "x.inter"))
+    told = capsys.readouterr().err
+    assert told == "x.inter: no field rating or label, so every row counts as positive\n"
+
+
 def test_movielens_csv(tmp_path):
     """ml-latest and ml-25m: quotes around titles with commas, genres with bars."""
     films = "movieId,title,genres\n" + "".join(
