@@ -190,6 +190,9 @@ class Dataset:
 # What pandas, databases and GroupLens write where there is nothing.
 EMPTY = {"", "nan", "NaN", "None", "NULL", "null", "N/A", "n/a", "<NA>", "\\N"}
 NO_GENRE = EMPTY | {"(no genres listed)"}
+NO_YEAR = {text.lower() for text in EMPTY} | {"0"}
+# A year in brackets or as pandas writes a number is no title; 1984 may be one.
+YEAR_ALONE = re.compile(r"[(\[] ?\d{4} ?[)\]]|\d{4}\.0+")
 ARTICLES = "The|An?|Il|I|Lo|La|Les?|L'|Gli|El|Los|Las|Un[ae]?|Der|Die|Das|Eine?|Det|Den|Het|De|En|O"
 INNER_ARTICLE = re.compile(rf"\(((?:(?i:a\.?k\.?a\.?):? )?)([^()]+), ({ARTICLES})\)")
 LAST_ARTICLE = re.compile(rf"^(.+?), ({ARTICLES})(?= *(?:\(|$))")
@@ -218,6 +221,8 @@ def move_articles(title):
     """'Usual Suspects, The (1995)' -> 'The Usual Suspects (1995)', and so inside brackets."""
 
     def inner(match):
+        if match[3] in ("Die", "I") and ENGLISH.search(match[2]):
+            return match[0]
         return f"({match[1]}{join_article(match[3], match[2])})"
 
     def last(match):
@@ -231,7 +236,7 @@ def move_articles(title):
 def clean_title(title, movie=False):
     """One line of text, '' where a file says that there is none; for movies articles come first."""
     title = normalize_text(unescape(unescape(title)))  # some Amazon titles are escaped twice
-    if title in EMPTY or re.fullmatch(r"\(\d{4}\)", title):  # a year alone is no title
+    if title in EMPTY or YEAR_ALONE.fullmatch(title):
         return ""
     return move_articles(title) if movie else title
 
@@ -489,13 +494,13 @@ def split_genres(values, kind):
 def find_title(row):
     """A row's title with its year, which RecBole keeps apart; '' where there is none."""
     texts = [row[name].strip() for name in TITLE_FIELDS if name in row]
-    title = next((text for text in texts if text not in EMPTY), "")
+    title = next((text for text in texts if clean_title(text)), "")
     year = row.get("release_year", "").strip()
-    year = re.sub(r"^(\d{4})\.0+$", r"\1", year)
+    year = re.sub(r"^(\d+)\.0+$", r"\1", year)
     if title == "unkonwn":  # RecBole's spelling
         return "unknown"
-    there = re.search(rf".\(?\b{re.escape(year)}\)?$", title)
-    if not title or year in EMPTY or there:
+    there = re.search(rf"[(\[] *{re.escape(year)} *[)\]]|.\b{re.escape(year)}$", title)
+    if not title or year.lower() in NO_YEAR or there:
         return title
     return f"{title} ({year})"
 

@@ -81,6 +81,16 @@ def test_what_means_nothing_is_no_title_no_year_and_no_genre(nothing, tmp_path):
         ("Copper Lantern", "1995.0", "Copper Lantern (1995)"),
         ("Copper Lantern (1995)", "1995", "Copper Lantern (1995)"),
         ("Copper Lantern (1995)", "1995.0", "Copper Lantern (1995)"),
+        ("Copper Lantern 1995", "1995", "Copper Lantern 1995"),
+        ("Land (1995) (V)", "1995", "Land (1995) (V)"),
+        ("Heat (1995) (TV)", "1995.0", "Heat (1995) (TV)"),
+        ("Fargo [1995]", "1995", "Fargo [1995]"),
+        ("Copper Lantern", "0", "Copper Lantern"),
+        ("Copper Lantern", "0.0", "Copper Lantern"),
+        ("Copper Lantern", "none", "Copper Lantern"),
+        ("Copper Lantern", "nan", "Copper Lantern"),
+        ("(1995)", "1995", ""),
+        ("1995.0", "1995", ""),
         ("1984", "1984", "1984 (1984)"),
         ("2001: A Space Odyssey", "1968", "2001: A Space Odyssey (1968)"),
         ("", "1995", ""),
@@ -90,7 +100,12 @@ def test_what_means_nothing_is_no_title_no_year_and_no_genre(nothing, tmp_path):
 def test_years(title, year, right):
     text = f"item_id:token\tmovie_title:token_seq\trelease_year:token\n1\t{title}\t{year}\n"
     assert titles_of(text) == [right]
-    assert clean_title("(1995)") == ""
+
+
+@pytest.mark.parametrize("written", ["(1995)", "[1995]", "( 1995 )", " (1995) ", "1995.0"])
+def test_a_year_alone_is_no_title(written):
+    assert clean_title(written) == ""
+    assert clean_title("1984") == "1984"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +118,8 @@ def test_years(title, year, right):
         ("Blechtrommel, Die (1979)", "Die Blechtrommel (1979)"),
         ("Tin Drum, The (Blechtrommel, Die) (1979)", "The Tin Drum (Die Blechtrommel) (1979)"),
         ("Live, Love, Die (2001)", "Live, Love, Die (2001)"),
+        ("Foo (a.k.a. Live, Love, Die) (1999)", "Foo (a.k.a. Live, Love, Die) (1999)"),
+        ("Us (You and Me and, I)", "Us (You and Me and, I)"),
         ("Ready to, Die (2001)", "Ready to, Die (2001)"),
         ("Vitelloni, I (1953)", "I Vitelloni (1953)"),
         ("Me, Myself, I (1992)", "Me, Myself, I (1992)"),
