@@ -338,6 +338,8 @@ GENRE_DOMAINS = {
 }
 LARGEST = 1 << 28  # bytes of a file that we are ready to read from an archive
 QUOTED = re.compile(r"""(?:^|,)\s*(['"])(.*?)\1\s*(?=,|$)""")
+# A text in quotes, or what pandas and JSON write for nothing.
+TEXT_OR_NULL = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\b(?:nan|NaN|null)\b""", re.S)
 
 
 def decode(data):
@@ -591,20 +593,31 @@ def parse_windows(data, name):
 
 def read_list(text, place, field):
     """The list of texts that a cell such as "['A', 'B']" or "[3, 14]" holds."""
+    text = TEXT_OR_NULL.sub(lambda match: match[1] or "None", text.strip())
     try:
-        values = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        values = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         values = None
     if not isinstance(values, (list, tuple)) or not values:
         raise InputError(f"{place}: {field} should be a list, such as ['A', 'B']")
     return ["" if value is None else str(value) for value in values]
 
 
+def known_titles(titles, names):
+    """Those of `titles` that may be added to `names`: a null does not overwrite a title."""
+    found = {}
+    for identity, title in titles.items():
+        if identity not in EMPTY and (title not in EMPTY or identity not in names):
+            found[identity] = title
+    return found
+
+
 def parse_histories(data, name):
     """The CSV of D3 and MiniOneRec -> (windows as of parse_windows, {item id: title}).
 
     Columns history_item_title, item_title, user_id and, where they are there, history_item_id,
-    item_id (else titles are ids) and timestamp (else the order of the lines).
+    item_id (else titles are ids) and timestamp (else the order of the lines). What has no id is
+    left out, and a line without a target or without a history is no window.
     """
     windows = []
     names = {}
@@ -620,11 +633,13 @@ def parse_histories(data, name):
             ids = read_list(row["history_item_id"], place, "history_item_id") + [row["item_id"]]
         if len(ids) != len(titles):
             raise InputError(f"{place}: {len(ids)} ids for {len(titles)} titles")
-        names.update(zip(ids, titles))
+        names |= known_titles(dict(zip(ids, titles)), names)
         moment = float(len(windows))
         if row.get("timestamp"):
             moment = last_number(row["timestamp"], place)
-        windows.append((moment, row["user_id"], ids))
+        before = [identity for identity in ids[:-1] if identity not in EMPTY]
+        if before and ids[-1] not in EMPTY:
+            windows.append((moment, row["user_id"], [*before, ids[-1]]))
     return windows, names
 
 
@@ -1037,7 +1052,7 @@ def from_csv(folder, domain=None):
         header = data.split(b"\n", 1)[0]
         if b"history_item_title" in header:
             rows[part], titles = parse_histories(data, path.name)
-            names |= titles
+            names |= known_titles(titles, names)
         else:
             rows[part] = parse_windows(data, path.name)
     source = f"item_title in {paths['train'].name}"

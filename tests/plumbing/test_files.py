@@ -386,6 +386,30 @@ def test_d3_and_minionerec(ids, nested, tmp_path):
     assert [len(part) for part in (dataset.train, dataset.valid, dataset.test)] == [6, 6, 6]
 
 
+@pytest.mark.parametrize("written", ["['A', nan]", '["A", null]', "['A', None]", "['A', NaN]"])
+def test_a_null_in_a_list_is_a_text_without_letters(written):
+    assert data.read_list(written, "x.csv:2", "titles") == ["A", ""]
+    assert data.read_list("['a, nan, b', nan]", "x.csv:2", "titles") == ["a, nan, b", ""]
+
+
+def test_a_null_title_without_ids_is_left_out():
+    header = "user_id,history_item_title,item_title\n"
+    lines = ["""u,"['A', nan]",B""", """u,"['A']",nan""", """u,[nan],B""", """u,"['A']",C"""]
+    windows, names = data.parse_histories((header + "\n".join(lines)).encode(), "train.csv")
+    assert [ids for _, _, ids in windows] == [["A", "B"], ["A", "C"]]
+    assert names == {"A": "A", "B": "B", "C": "C"}
+
+
+def test_a_null_title_overwrites_none(tmp_path):
+    header = "user_id,history_item_title,item_title,history_item_id,item_id\n"
+    train = "".join(f"""u{user},"['A', 'B']",C,"[1, 2]",3\n""" for user in range(20))
+    (tmp_path / "train.csv").write_text(header + train)
+    (tmp_path / "test.csv").write_text(header + """u0,"['A', nan]",,"[1, 2]",3\n""")
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.titles == ["A", "B", "C"]
+    assert dataset.test[0].items == (0, 1, 2)
+
+
 # ------------------------------------------------ domain and names
 
 
