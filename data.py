@@ -280,6 +280,12 @@ def check_titles(touched, titles, source):
     )
     if 2 * len(missing) > len(touched):
         known = ", ".join(repr(identity) for identity in list(titles)[:3])
+        empty = [identity for identity in missing if identity in titles]
+        if 2 * len(empty) > len(missing):
+            raise InputError(
+                f"{len(empty)} of {len(touched)} items that users touched have no title, such as "
+                f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the field of titles"
+            )
         raise InputError(
             f"{len(missing)} of {len(touched)} items that users touched have no title, such as "
             f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
@@ -1066,14 +1072,23 @@ def from_csv(folder, domain=None):
 
 
 def find_csv(folder):
-    """{"train": path of train.csv or of the only CSV in folder train, ...} of those there are."""
+    """{"train": path of train.csv or of the only CSV in folder train, ...} of those there are.
+
+    What others call val or validation is valid.
+    """
     found = {}
-    for part in SPLITS:
-        inside = sorted((folder / part).glob("*.csv"))
-        if (folder / f"{part}.csv").is_file():
-            found[part] = folder / f"{part}.csv"
+    for name in (*SPLITS, "val", "validation"):
+        part = "valid" if name.startswith("val") else name
+        inside = sorted((folder / name).glob("*.csv"))
+        if part in found:
+            continue
+        if (folder / f"{name}.csv").is_file():
+            found[part] = folder / f"{name}.csv"
         elif len(inside) == 1:
             found[part] = inside[0]
+        elif inside:
+            several = " and ".join(f"{name}/{path.name}" for path in inside)
+            raise InputError(f"{several} are several files for {part}; keep one of them")
     return found
 
 
@@ -1091,7 +1106,8 @@ def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
         rows = {}
         for part, name in zip(SPLITS, wanted):
             rows[part] = parse_sessions(files[name], name)
-        return from_windows(stem, domain, rows, titles, items)
+        fields = ", ".join(field_types(files[items], items))
+        return from_windows(stem, domain, rows, titles, f"{items} has the fields {fields}")
     ratings = [parse_ratings(files[name], name) for name in wanted[:3]]
     return from_split_ratings(stem, domain, ratings, titles, genres, history, min_rating, seed)
 

@@ -64,6 +64,14 @@ def test_ids_that_do_not_meet_stop_and_list_the_header(tmp_path):
         load_dataset(folder)
 
 
+def test_empty_titles_stop_and_list_the_header(tmp_path):
+    rows = [f"{i}\t\tThing {i}" for i in range(ITEMS)]
+    folder = recbole(tmp_path, item_file("item_id:token\ttitle:token\tcaption:token", rows))
+    with pytest.raises(InputError, match="12 of 12 .* empty .*item_id, title, caption") as caught:
+        load_dataset(folder)
+    assert "same ids" not in str(caught.value)
+
+
 @pytest.mark.parametrize("nothing", ["nan", "NaN", "None", "NULL", "N/A", "\\N", ""])
 def test_what_means_nothing_is_no_title_no_year_and_no_genre(nothing, tmp_path):
     rows = [f"{i}\tThing {i}\t{nothing}\t{nothing}" for i in range(2, ITEMS)]
@@ -323,6 +331,22 @@ def test_valid_csv_validates(tmp_path):
     assert dataset.stats["split"] == "as given"
     without = load_dataset(msl(tmp_path / "b"))
     assert len(without.train) + len(without.valid) == 24
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_other_names_of_valid_csv(name, tmp_path):
+    right = load_dataset(msl(tmp_path, valid=True)).digest
+    (tmp_path / "valid.csv").rename(tmp_path / f"{name}.csv")
+    assert load_dataset(str(tmp_path)).digest == right
+
+
+def test_of_several_csv_one_is_to_be_kept(tmp_path):
+    msl(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train.csv").rename(tmp_path / "train" / "Books.csv")
+    (tmp_path / "train" / "Games.csv").write_text("")
+    with pytest.raises(InputError, match="train/Books.csv and train/Games.csv .* keep one"):
+        load_dataset(str(tmp_path))
 
 
 def test_the_last_time_of_a_list_counts(tmp_path):
