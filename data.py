@@ -378,12 +378,26 @@ def quotes_close(text, separator):
     return True
 
 
-def split_lines(data, name):
+def split_line(line, separator, width):
+    """The fields of one line as csv and pandas read it; width: fields of the header.
+
+    A quote that would swallow other fields or the next line is a letter.
+    """
+    letters = line.split(separator)
+    try:
+        values = next(csv.reader([line + "\n"], delimiter=separator))
+    except csv.Error:
+        return letters
+    is_open = values and values[-1].endswith("\n")
+    return letters if is_open or len(values) < len(letters) == width else values
+
+
+def split_lines(data, name, quiet=False):
     """Yield (place, [text of each field]) of a file's lines.
 
     Files with commas or tabs are read as csv and pandas write them: a field in quotes may hold
     separators and newlines, and its quotes are doubled. Where a file's quotes do not close so,
-    they are letters, as in files that were written without quoting.
+    each line is read on its own, see `split_line`, and one notice says so unless it is `quiet`.
     """
     separator, fields = FORMATS.get(name, ("\t", None))
     text = decode(data)
@@ -394,7 +408,12 @@ def split_lines(data, name):
             for values in reader:
                 yield f"{name}:{reader.line_num}", values
             return
-        announce(f"{name}: its quotes do not close as in CSV, so they are read as letters")
+        if not quiet:
+            announce(f"{name}: quotes in it that do not close as in CSV are read as letters")
+        width = len(text.split("\n", 1)[0].split(separator))
+        for i, line in enumerate(text.split("\n"), start=1):
+            yield f"{name}:{i}", split_line(line.rstrip("\r"), separator, width)
+        return
     for i, line in enumerate(text.split("\n"), start=1):
         yield f"{name}:{i}", line.rstrip("\r").split(separator)
 
@@ -429,7 +448,7 @@ def field_types(data, name):
     _, fields = FORMATS.get(name, ("\t", None))
     if fields is not None:
         return dict.fromkeys(fields, "")
-    _, header = next(split_lines(data, name))
+    _, header = next(split_lines(data, name, quiet=True))
     return {field_name(value): value.strip().partition(":")[2] for value in header}
 
 

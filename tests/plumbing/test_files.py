@@ -168,10 +168,14 @@ def test_quotes_as_pandas_writes_them():
     ]
 
 
-def test_quotes_that_do_not_close_are_letters(capsys):
-    text = 'item_id:token\ttitle:token\n1\t"Weird" Al\n2\t"Open\n3\tplain\n'
-    assert titles_of(text) == ['"Weird" Al', '"Open', "plain"]
-    assert "read as letters" in capsys.readouterr().err
+def test_a_quote_that_does_not_close_spoils_its_own_title_alone(capsys):
+    """Each record as csv and pandas read it, unless it would swallow what follows."""
+    text = (
+        'item_id:token\ttitle:token\tbrand:token\n1\t"Weird" Al\tx\n2\t"Open\tx\n'
+        '3\t"The ""Lamp"" Kit"\tx\n4\t"Half\tx"\n5\tplain\t"y\n6\t"A\ttab"\tx\n'
+    )
+    assert titles_of(text) == ["Weird Al", '"Open', 'The "Lamp" Kit', '"Half', "plain", "A\ttab"]
+    assert capsys.readouterr().err.count("read as letters") == 1
 
 
 def test_one_bad_byte_spoils_one_letter():
