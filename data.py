@@ -344,6 +344,8 @@ GENRE_DOMAINS = {
 }
 LARGEST = 1 << 28  # bytes of a file that we are ready to read from an archive
 QUOTED = re.compile(r"""(?:^|,)\s*(['"])(.*?)\1\s*(?=,|$)""")
+LIST_OF_QUOTED = re.compile(r"""\s*"[^"]*" *, *['"]""")
+QUOTED_CELL = re.compile(r'(?:^|\t)"([^"\t\n]*)"(?=\t|\r?$)', re.M)
 # A text in quotes, or what pandas and JSON write for nothing.
 TEXT_OR_NULL = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\b(?:nan|NaN|null)\b""", re.S)
 
@@ -381,7 +383,7 @@ def quotes_close(text, separator):
 def split_line(line, separator, width):
     """The fields of one line as csv and pandas read it; width: fields of the header.
 
-    A quote that would swallow other fields or the next line is a letter.
+    A quote that would swallow other fields or the next line is a letter, and so is a list's.
     """
     letters = line.split(separator)
     try:
@@ -389,7 +391,12 @@ def split_line(line, separator, width):
     except csv.Error:
         return letters
     is_open = values and values[-1].endswith("\n")
-    return letters if is_open or len(values) < len(letters) == width else values
+    if is_open or len(values) < len(letters) == width:
+        return letters
+    if len(values) == len(letters):
+        cells = zip(letters, values)
+        return [raw if LIST_OF_QUOTED.match(raw) else value for raw, value in cells]
+    return values
 
 
 def split_lines(data, name, quiet=False):
@@ -491,29 +498,32 @@ def parse_ratings(data, name):
     return ratings
 
 
-def split_genres(values, kind):
+def is_quoted(text):
+    return len(text) > 1 and text[0] in "'\"" and text[-1] in "'\""
+
+
+def split_genres(values, kind, whole=frozenset()):
     """The texts of a genre column -> a list of tuples. kind: RecBole's type of the column.
 
-    The column's style decides: 'A', 'B' in quotes, else A|B, else one genre where the type is
-    token, else A, B, else genres of one word.
+    One genre where the type is token or where the text is one of `whole`; else the column's
+    style decides: 'A', 'B' in quotes, else A|B, else A, B, else genres of one word.
     """
-    quoted = any(value.strip(" [").startswith(("'", '"')) for value in values)
-    if any("|" in value for value in values):
-        separator = "|"
-    elif kind == "token":
-        separator = None
-    else:
-        separator = "," if any("," in value for value in values) else " "
+    others = [value for value in values if value not in whole]
+    quoted = any(is_quoted(value.strip(" []")) for value in others)
+    everything = "".join(others)
+    separator = next((mark for mark in "|," if mark in everything), " ")
     found = []
     for value in values:
         inside = value.strip(" []")
         if inside in NO_GENRE:
             parts = []
+        elif kind == "token" or value in whole:
+            parts = [inside]
         elif quoted:
             parts = [match[2] for match in QUOTED.finditer(inside)] or [inside]
         else:
-            parts = inside.split(separator) if separator else [inside]
-            parts = [part.strip(" '\"") for part in parts]
+            parts = [part.strip() for part in inside.split(separator)]
+        parts = [part[1:-1].strip() if is_quoted(part) else part for part in parts]
         found.append(tuple(normalize_text(part) for part in parts if part not in NO_GENRE))
     return found
 
@@ -548,7 +558,11 @@ def parse_items(data, name):
         for row in rows:
             genres[row["item_id"]] = tuple(flag for flag in FLAGS if row.get(flag) == "1")
         return titles, genres
-    kinds = split_genres([row[genre_field] for row in rows], types[genre_field])
+    # csv takes the quotes of "Paper, Pens": on purpose in a tab file that quotes no header.
+    whole = frozenset()
+    if name not in FORMATS and b'"' not in data.split(b"\n", 1)[0]:
+        whole = frozenset(QUOTED_CELL.findall(decode(data)))
+    kinds = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
     return titles, {row["item_id"]: kind for row, kind in zip(rows, kinds)}
 
 

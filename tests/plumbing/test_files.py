@@ -199,6 +199,11 @@ def test_one_bad_byte_spoils_one_letter():
         ),
         ("token_seq", ["(no genres listed)", "War Drama"], ["", "War|Drama"]),
         ("token", ["Drama|Film-Noir", "War"], ["Drama|Film-Noir", "War"]),
+        ("token_seq", ['"Paper, Pens"', "War, Drama"], ["Paper, Pens", "War|Drama"]),
+        ("token_seq", ['"Paper, Pens"', "War Drama"], ["Paper, Pens", "War|Drama"]),
+        ("token_seq", ["\"Kids' Books\", 'Books'", "'A, b'"], ["Kids' Books|Books", "A, b"]),
+        ("token_seq", ["'90s Rock, Pop", "War, Drama"], ["'90s Rock|Pop", "War|Drama"]),
+        ("token_seq", ["'90s Rock|Pop", "War | Drama"], ["'90s Rock|Pop", "War|Drama"]),
         (
             "token_seq",
             ["Science Fiction, War", "Science Fiction"],
@@ -211,6 +216,11 @@ def test_genres(kind, written, right):
     text = f"item_id:token\ttitle:token\tcategories:{kind}\n{rows}"
     genres = parse_items(text.encode(), "x.item")[1].values()
     assert ["|".join(kinds) for kinds in genres] == right
+
+
+def test_a_token_is_one_genre_whatever_is_in_it():
+    text = "item_id:token\ttitle:token\tgenre:token\n1\tThing\tWar | Drama, 'x'\n"
+    assert parse_items(text.encode(), "x.item")[1] == {"1": ("War | Drama, 'x'",)}
 
 
 # ------------------------------------------------ ratings
