@@ -1135,13 +1135,14 @@ def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
     items = f"{stem}.item"
     titles, genres = parse_items(files[items], items)
     domain = domain or find_domain(files[items], items, genres) or domain_of(stem)
+    source = f"{items} has the fields {', '.join(field_types(files[items], items))}"
     if "item_id_list" in field_types(files[wanted[0]], wanted[0]):
         rows = {}
         for part, name in zip(SPLITS, wanted):
             rows[part] = parse_sessions(files[name], name)
-        fields = ", ".join(field_types(files[items], items))
-        return from_windows(stem, domain, rows, titles, f"{items} has the fields {fields}")
+        return from_windows(stem, domain, rows, titles, source)
     ratings = [parse_ratings(files[name], name) for name in wanted[:3]]
+    check_titles({row[1] for part in ratings for row in part}, titles, source)
     return from_split_ratings(stem, domain, ratings, titles, genres, history, min_rating, seed)
 
 
@@ -1149,7 +1150,6 @@ def from_split_ratings(name, domain, ratings, titles, genres, history, min_ratin
     """Dataset of ratings in three parts: a user's positives of one part follow those before it."""
     everything = ratings[0] + ratings[1] + ratings[2]
     touched = {row[1] for row in everything}
-    check_titles(touched, titles, f"{name}.item")
     titles, kinds, index, stats = merge_titles(
         dict.fromkeys(touched, "") | titles, genres, domain == "movies"
     )

@@ -300,6 +300,9 @@ def test_recbole_split_files_stand_as_they_are(tmp_path):
             assert all(window.items == items for window in mine)
             stops.append([window.stop for window in mine])
         assert stops == [[3, 4, 5], [6], [7, 8]]
+    (tmp_path / "x.item").write_text("item_id:token\ttitle:token\tprice:float\n0\t\t1\n")
+    with pytest.raises(InputError, match="x.item has the fields item_id, title, price"):
+        load_dataset(str(tmp_path))
     (tmp_path / "x.valid.inter").unlink()
     with pytest.raises(InputError, match="x.valid.inter is missing"):
         load_dataset(str(tmp_path))
