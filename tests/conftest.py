@@ -26,14 +26,14 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {why}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Marked tests run only when -m asks for them.
 
-    Under xdist, a file's tests share a process, and so do the files that use `toy`: made once.
+    Under xdist, a file's tests share a process, and so what its fixtures have made.
     """
-    toys = {item.path for item in items if "toy" in item.fixturenames}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("toy" if item.path in toys else item.path.stem))
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if config.option.markexpr:
         return
     for item in items:

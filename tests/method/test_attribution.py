@@ -192,6 +192,7 @@ def test_other_kinds_of_models(kind, bos):
             assert (found - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_default_is_near_the_ablation(toy):
     """The default's points on the path order the tokens as the ablation does."""
     dataset, model, _, prompts = toy

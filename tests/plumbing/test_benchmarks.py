@@ -71,7 +71,7 @@ def done(little, tmp_path_factory):
     patch.setattr(quality, "load_dataset", lambda *_, **__: small)
     patch.setattr(quality.gdrt, "start_model", lambda *_: (copy.deepcopy(model), tokenizer))
     quality.start.cache_clear()
-    setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64, "epochs": 2}
+    setting = {"dataset": "toy", "split": "leave-one-out", "windows": 100, "batch": 32, "epochs": 2}
     runs = quality.table_of(ROWS, setting, 1)
     options = Namespace(
         results=results,
