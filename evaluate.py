@@ -96,11 +96,10 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from attribution import attributions, format_table, has_derivative
+from attribution import attributions, format_table, has_derivative, of_all_targets
 from data import (
     Window,
     build_trees,
-    by_length,
     by_shared_prefix,
     collate,
     flat_ranges,
@@ -663,20 +662,16 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
 # ---------------------------------------------------------------- held-out likelihood and audit
 
 
-@torch.no_grad()
 def token_nlls(model, prompts, trees, device="cpu"):
     """NLL in nats of every target token -> (full, legal, item, place, window), each (N,) numpy.
 
     full, legal: see target_nlls. `rank` finds them as well, on its way.
     """
-    parts = []
-    model.eval()
-    for indices in by_length(trees):
-        batch = collate([trees[i] for i in indices], device)
-        full, legal = target_nlls(target_logits(model, batch), batch, prompts.trie)
-        place = [x.cpu().numpy() for x in (batch.item, batch.place, batch.window)]
-        parts.append([full, legal, *place])
-    return [np.concatenate(part) for part in zip(*parts)]
+
+    def measure(batch):
+        return target_nlls(target_logits(model, batch), batch, prompts.trie)
+
+    return of_all_targets(measure, model, trees, device)
 
 
 def by_group(values, group, n_groups):

@@ -297,12 +297,24 @@ def micro_batches(trees, cfg):
     return [collate(mine[i : i + size], cfg.device) for i in range(0, len(mine), size)]
 
 
+def kept_random_state(cfg):
+    """Context manager: afterwards the random state is as before, on the GPUs as well."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if cfg.device == "cuda" else ())
+
+
 @contextlib.contextmanager
 def replayed_without_gradient(cfg):
     """Inside, no gradient; afterwards the random state is as before, so dropout repeats itself."""
-    devices = range(torch.cuda.device_count()) if cfg.device == "cuda" else ()
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with kept_random_state(cfg), torch.no_grad():
         yield
+
+
+def training_logits(model, batch, cfg):
+    """Logits (N, V) of the batch's target tokens in the precision of training, returned in fp32."""
+    kind = torch.device(cfg.device).type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
+        logits = target_logits(model, batch)
+    return logits.float()
 
 
 def token_nll(model, batch, prompts, cfg):
@@ -313,10 +325,7 @@ def token_nll(model, batch, prompts, cfg):
     """
     N = len(batch.label)
     batch = pad_targets(batch)
-    kind = torch.device(cfg.device).type
-    with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
-        logits = target_logits(model, batch)
-    logits = logits.float()  # (N + padding, V)
+    logits = training_logits(model, batch, cfg)  # (N + padding, V)
     if cfg.softmax == "full":
         nll = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
     else:
@@ -827,18 +836,14 @@ def try_update(model, trees, name, cfg):
 
 def gradient_failure(model, batch, cfg):
     """The exception that forward and backward of a batch raise, or None."""
-    devices = range(torch.cuda.device_count()) if cfg.device == "cuda" else ()
-    kind = torch.device(cfg.device).type
     training = model.training
     model.train()
     try:
         with contextlib.ExitStack() as stack:  # what Journal enters, and the random state is kept
-            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(kept_random_state(cfg))
             stack.enter_context(attention(model, training_attention(model, cfg)))
             stack.enter_context(frozen_in_bf16(model, cfg))
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=cfg.precision == "bf16"):
-                logits = target_logits(model, batch)
-            logits.float().logsumexp(-1).mean().backward()
+            training_logits(model, batch, cfg).logsumexp(-1).mean().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the code of somebody else's model raises
