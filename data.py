@@ -2148,12 +2148,15 @@ def packing_error(model, batch):
     wrong = target_logits(model, batch._replace(mask=causal_mask(batch))).log_softmax(-1)
     error = 0.0
     blind = 0.0
-    for n, (row, node) in enumerate(zip(batch.row, batch.predict_at)):
-        path = batch.mask[row, 0, node] == 0
-        alone = model(batch.ids[row, path][None], use_cache=False).logits[0, -1].log_softmax(-1)
-        error = max(error, float((alone - packed[n]).abs().max()))
-        error = max(error, float((alone - cached[n]).abs().max()))
-        blind = max(blind, float((alone - wrong[n]).abs().max()))
+    for row, window in set(zip(batch.row.tolist(), batch.window.tolist())):
+        own = (batch.row == row) & (batch.window == window)  # (N,) the targets of one prompt
+        at = batch.position[row, batch.predict_at[own]]  # (n,)
+        path = batch.mask[row, 0, batch.predict_at[own][-1]] == 0  # (T,) the last one sees it all
+        alone = logits_at(model, 0, at, input_ids=batch.ids[row, path][None], use_cache=False)
+        alone = alone.log_softmax(-1)  # (n, V)
+        error = max(error, float((alone - packed[own]).abs().max()))
+        error = max(error, float((alone - cached[own]).abs().max()))
+        blind = max(blind, float((alone - wrong[own]).abs().max()))
     return error, blind
 
 

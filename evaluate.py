@@ -826,29 +826,40 @@ DRAWS = 2000  # of the bootstrap: an interval's end is then certain to about 3% 
 
 
 @functools.lru_cache(maxsize=8)
-def draws(n, seed):
-    """(DRAWS, n): how often each of n is taken in n draws with replacement."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), DRAWS).astype(float)
+def draws(n_users, n_seeds, seed):
+    """How often each draw takes each user and each seed: (DRAWS, U), (DRAWS, S)."""
+    random = np.random.default_rng(seed)
+    users = random.multinomial(n_users, np.full(n_users, 1 / n_users), DRAWS)
+    seeds = random.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), DRAWS)
+    return users.astype(float), seeds.astype(float)
 
 
-def resample(values, users, statistic=None, seed=0):
-    """Bootstrap of a mean over windows: values (S, n) or (S, n, G) by seed, users (n,) -> (DRAWS,).
+def sums_by_user(values, users):
+    """values (S, n, ...) of n windows and their users (n,) -> (sums (S, U, ...), windows (U,)).
 
-    A draw takes as many users as there are, with replacement and with all their windows, and as
-    many seeds. statistic: function of the means (DRAWS, S, G) -> (DRAWS, S). The same users and
-    seed give the same draws, which is what makes it paired.
+    Users count in the order of their first windows, so that their indices draw as their ids do.
     """
     _, first, index = np.unique(users, return_index=True, return_inverse=True)
-    # Users count in the order of their first windows, so that indices draw as ids do.
     index = first.argsort().argsort()[index]
     sums = np.zeros((len(first), len(values), *values.shape[2:]))
-    np.add.at(sums, index, values.swapaxes(0, 1))  # (U, S, ...)
-    draw = draws(len(first), seed)  # (DRAWS, U)
-    windows = (draw @ np.bincount(index)).reshape(-1, *[1] * (values.ndim - 1))
-    mean = np.tensordot(draw, sums, 1) / windows  # (DRAWS, S, ...)
+    np.add.at(sums, index, values.swapaxes(0, 1))
+    return sums.swapaxes(0, 1), np.bincount(index)
+
+
+def resample(sums, windows, statistic=None, seed=0):
+    """Bootstrap of a mean over windows: sums (S, U) or (S, U, G) by seed and user -> (DRAWS,).
+
+    windows: (U,) of each user. A draw takes as many users as there are, with replacement and with
+    all their windows, and as many seeds. statistic: function of the means (DRAWS, S, G) ->
+    (DRAWS, S). The same numbers of users and seeds give the same draws, which makes it paired.
+    """
+    S, U = sums.shape[:2]
+    users, seeds = draws(U, S, seed)
+    total = (users @ windows).reshape(-1, *[1] * (sums.ndim - 1))
+    mean = np.tensordot(users, sums, (1, 1)) / total  # (DRAWS, S, ...)
     if statistic:
         mean = statistic(mean)
-    return (mean * (draws(len(values), seed + 1) / len(values))).sum(1)
+    return (mean * seeds).sum(1) / S
 
 
 def interval(values, users, statistic=None, against=None):
@@ -868,10 +879,10 @@ def interval(values, users, statistic=None, against=None):
         return float((statistic(mean) if statistic else mean).mean())
 
     value = point(values)
-    drawn = resample(values, users, statistic)
+    drawn = resample(*sums_by_user(values, users), statistic)
     if against is not None:
         value -= point(against)
-        drawn = drawn - resample(against, users, statistic)
+        drawn = drawn - resample(*sums_by_user(against, users), statistic)
     low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
     if statistic and against is None:
         return value, max(0.0, 2 * value - high), max(0.0, 2 * value - low)

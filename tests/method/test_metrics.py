@@ -308,9 +308,8 @@ def test_resample_equals_a_loop():
     def statistic(mean):
         return np.abs(mean).max(-1)
 
-    drawn = evaluate.resample(values, users, statistic, seed=3)
-    taken = evaluate.draws(3, 3)
-    seeds = evaluate.draws(2, 4)
+    drawn = evaluate.resample(*evaluate.sums_by_user(values, users), statistic, seed=3)
+    taken, seeds = evaluate.draws(3, 2, 3)
     for i in range(0, evaluate.DRAWS, 97):
         total = 0.0
         for s in range(2):
@@ -347,7 +346,8 @@ def test_interval_of_a_size_covers():
         lists = source.multinomial(10, [0.21, 0.19, 0.2, 0.2, 0.2], 150)[None] / 10  # (1, n, G)
         _, low, high = evaluate.interval(lists, users, statistic)
         held += 0 <= low <= truth <= high
-        low, high = np.percentile(evaluate.resample(lists, users, statistic), (2.5, 97.5))
+        drawn = evaluate.resample(lists, np.ones(150), statistic)
+        low, high = np.percentile(drawn, (2.5, 97.5))
         percentiles += low <= truth <= high
     assert held >= 78 and percentiles <= 37  # expected 88 and 24, each with 3 sd
     # Without chance the interval is the value, and a difference has a sign.
@@ -382,7 +382,8 @@ def test_interval_is_reproducible():
     first = evaluate.interval(x, users)
     evaluate.draws.cache_clear()
     assert evaluate.interval(x, users) == first
-    assert (evaluate.resample(x, users, seed=1) != evaluate.resample(x, users)).any()
+    one = np.ones(30)
+    assert (evaluate.resample(x, one, seed=1) != evaluate.resample(x, one)).any()
 
 
 def fake_run(loss, seed, items, dataset, **arguments):
