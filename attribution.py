@@ -544,7 +544,6 @@ def token_attribution(
     tree = build_tree(prompts, [window], [0])
     one = collate([tree], device)
     N = len(one.label)
-    T = one.ids.shape[1]
 
     def log_prob(embeds):  # (R, T, D) -> (R, N)
         R = len(embeds)
@@ -553,29 +552,15 @@ def token_attribution(
         logits = logits_at(model, row, one.predict_at.repeat(R), use_cache=False, **inputs)
         return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
 
-    values = torch.zeros(N, T, device=device)
     gap = None
     with forward_mode(model):
         E, delta = path_ends(model, one, (TEMPLATE, USER, TITLE))  # (1, T, D)
         own = log_prob(E)  # (1, N)
         if method == "ablation":
-            for inputs in torch.arange(T, device=device).split(CHUNK):
-                without = E.repeat(len(inputs), 1, 1)
-                without[torch.arange(len(inputs)), inputs] -= delta[0, inputs]
-                values[:, inputs] = (own - log_prob(without)).T
+            values = ablated(log_prob, own, E, delta)
         else:
-            points, weights = (
-                torch.tensor(x / 2, dtype=E.dtype, device=device)
-                for x in np.polynomial.legendre.leggauss(steps)
-            )
-            for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
-                embeds = (E - (1 - s)[:, None, None] * delta).detach().requires_grad_()  # (R, T, D)
-                with torch.enable_grad():
-                    terms = (weight @ log_prob(embeds)).unbind()  # N scalars
-                for n in range(N):
-                    (gradient,) = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
-                    values[n] += (gradient * delta).sum((0, 2))
-            change = (own - log_prob(E - delta))[0]
+            values = integrated(log_prob, N, E, delta, steps)
+            change = (own - log_prob(E - delta))[0]  # (N,)
             gap = float((values.sum(1) - change).abs().sum() / change.abs().sum())
     names = tokenizer.batch_decode([[token] for token in tree.ids.tolist()])
     return {
@@ -588,6 +573,33 @@ def token_attribution(
         "steps": steps if method == "gradient" else None,
         "gap": gap,
     }
+
+
+def ablated(log_prob, own, E, delta):
+    """(N, T): log p of each target less log p with one input token at the baseline E - delta."""
+    columns = []
+    for inputs in torch.arange(E.shape[1], device=E.device).split(CHUNK):
+        without = E.repeat(len(inputs), 1, 1)  # (R, T, D)
+        without[torch.arange(len(inputs)), inputs] -= delta[0, inputs]
+        columns.append((own - log_prob(without)).T)  # (N, R)
+    return torch.cat(columns, dim=1)
+
+
+def integrated(log_prob, N, E, delta, steps):
+    """(N, T): each target's gradient along the path from E - delta to E, by Gauss and Legendre."""
+    values = torch.zeros(N, E.shape[1], device=E.device)
+    points, weights = (
+        torch.tensor(x / 2, dtype=E.dtype, device=E.device)
+        for x in np.polynomial.legendre.leggauss(steps)
+    )
+    for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
+        embeds = (E - (1 - s)[:, None, None] * delta).detach().requires_grad_()  # (R, T, D)
+        with torch.enable_grad():
+            terms = (weight @ log_prob(embeds)).unbind()  # N scalars
+        for n in range(N):
+            (gradient,) = torch.autograd.grad(terms[n], embeds, retain_graph=n + 1 < N)
+            values[n] += (gradient * delta).sum((0, 2))
+    return values
 
 
 def prompt_spans(prompts, window, tree):

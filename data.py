@@ -1489,19 +1489,14 @@ def build_tree(prompts, windows, index, targets=True):
     index: number of each window in the caller's list. targets=False ends each branch at the
     marker, as the search needs it. The path to any target is that of `one_prompt`.
     """
-    ids = []
-    parent = []
-    position = []
-    segment = []
+    nodes = []  # (token, parent, position, segment)
 
     def add(tokens, kind, after):
         """Append a run below node `after` (-1: a new root); returns its last node."""
         for token in tokens:
-            parent.append(max(after, 0))
-            position.append(position[after] + 1 if after >= 0 else 0)
-            after = len(ids)
-            ids.append(token)
-            segment.append(kind)
+            position = nodes[after][2] + 1 if after >= 0 else 0
+            nodes.append((token, max(after, 0), position, kind))
+            after = len(nodes) - 1
         return after
 
     items = windows[0].items
@@ -1526,8 +1521,7 @@ def build_tree(prompts, windows, index, targets=True):
             predictions.append((node, token, target, place, number))
             if place < len(title):
                 node = add([token], TITLE, node)
-    nodes = map(np.array, (ids, parent, position, segment))
-    return Tree(*nodes, *np.array(predictions).T, dropped)
+    return Tree(*np.array(nodes).T, *np.array(predictions).T, dropped)
 
 
 def by_shared_prefix(windows):

@@ -178,6 +178,17 @@ class Ranking(NamedTuple):
     legal_nll: np.ndarray  # (n, L) over legal continuations
 
 
+def no_ranking(n, k, length):
+    """The Ranking of n windows before anything is found."""
+    return Ranking(
+        items=np.full((n, k), -1),
+        scores=np.full((n, k), -np.inf),
+        forwarded=np.zeros(n, dtype=np.int64),
+        nll=np.full((n, length), np.nan),
+        legal_nll=np.full((n, length), np.nan),
+    )
+
+
 @torch.no_grad()
 def rank(
     model,
@@ -207,15 +218,7 @@ def rank(
     elif seen is None:
         seen = [window.items[: window.stop] for window in windows]
     n_listed = min(k, len(prompts.titles))
-    n = len(windows)
-    length = prompts.trie.path.shape[1] - 1
-    found = Ranking(
-        items=np.full((n, k), -1),
-        scores=np.full((n, k), -np.inf),
-        forwarded=np.zeros(n, dtype=np.int64),
-        nll=np.full((n, length), np.nan),
-        legal_nll=np.full((n, length), np.nan),
-    )
+    found = no_ranking(len(windows), k, prompts.trie.path.shape[1] - 1)
     reader_of = CachedPrompts if prompts.packed else SeparatePrompts
     model.eval()
     batches = list(by_windows(trees, rows))
@@ -1183,12 +1186,9 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
         if n > k:  # the k best and those that equal the k-th
             n = sum(score >= scores[k - 1] for score in scores)
         lists[i] = [known[title] for title in titles[:n]], scores[:n]
-    items = np.full((len(windows), max(k, *(len(row) for row, _ in lists.values()))), -1)
-    scores = np.full(items.shape, -np.inf)
+    items, scores = lists_as_arrays(lists, len(windows), k)
     short = 0
-    for i, (row, given) in lists.items():
-        items[i, : len(row)] = row
-        scores[i, : len(row)] = given
+    for i, (row, _) in lists.items():
         unseen = len(known) - len(set(windows[i].items[: windows[i].stop]))
         short += len(row) < min(k, unseen)
     missing = {
@@ -1201,6 +1201,17 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
             f"{short} lists have under {k} titles; complete them or add --allow-missing"
         )
     return items, scores, missing
+
+
+def lists_as_arrays(lists, n, k):
+    """{window: (items, scores)} -> items (n, K), -1 beyond a list, scores (n, K), -inf; K >= k."""
+    longest = max(len(row) for row, _ in lists.values())
+    items = np.full((n, max(k, longest)), -1)
+    scores = np.full(items.shape, -np.inf)
+    for i, (row, given) in lists.items():
+        items[i, : len(row)] = row
+        scores[i, : len(row)] = given
+    return items, scores
 
 
 # ---------------------------------------------------------------- tables
@@ -1340,33 +1351,35 @@ def parser():
         help="count windows without predictions as misses instead of refusing the file",
     )
     p.add_argument(
-        "--dataset",
-        help="where the RUN's data is now, if it has moved; without a RUN, what --predictions "
-        "are for",
-    )
-    p.add_argument(
-        "--split",
-        choices=("leave-one-out", "time"),
-        help="of --dataset, without a RUN (default: leave-one-out)",
-    )
-    p.add_argument(
-        "--min-rating",
-        type=float,
-        metavar="R",
-        help="of --dataset, without a RUN: ratings from R up are positives (default: 4)",
-    )
-    p.add_argument(
         "--report",
         nargs="?",
         const=True,
         metavar="FILE",
         help="write the run's page, to FILE or its report.html",
     )
-    p.add_argument("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
-    p.add_argument(
-        "--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py"
-    )
+    data_flags(p.add_argument)
     return p
+
+
+def data_flags(add):
+    add(
+        "--dataset",
+        help="where the RUN's data is now, if it has moved; without a RUN, what --predictions "
+        "are for",
+    )
+    add(
+        "--split",
+        choices=("leave-one-out", "time"),
+        help="of --dataset, without a RUN (default: leave-one-out)",
+    )
+    add(
+        "--min-rating",
+        type=float,
+        metavar="R",
+        help="of --dataset, without a RUN: ratings from R up are positives (default: 4)",
+    )
+    add("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
+    add("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
 
 
 def losses_of(folder):

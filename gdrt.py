@@ -1269,7 +1269,16 @@ def parser():
         description=__doc__.split("\n\n")[0],
         epilog="To read a model token by token: attribution.py; to compare runs: evaluate.py.",
     )
-    add = p.add_argument_group("data").add_argument
+    data_flags(p.add_argument_group("data").add_argument)
+    model_flags(p.add_argument_group("model").add_argument)
+    method_flags(p.add_argument_group("method").add_argument)
+    training_flags(p.add_argument_group("training").add_argument)
+    evaluation_flags(p.add_argument_group("evaluation").add_argument)
+    run_flags(p.add_argument_group("run").add_argument)
+    return p
+
+
+def data_flags(add):
     add(
         "--dataset",
         default="ml-100k",
@@ -1314,7 +1323,9 @@ def parser():
         metavar="N",
         help="train on N windows, drawn as whole trees (default: all)",
     )
-    add = p.add_argument_group("model").add_argument
+
+
+def model_flags(add):
     add(
         "--model",
         default="tiny",
@@ -1343,7 +1354,9 @@ def parser():
         help="of training passes; auto: bf16 where the hardware "
         "has it. Weights, scores and relevance are fp32",
     )
-    add = p.add_argument_group("method").add_argument
+
+
+def method_flags(add):
     add(
         "--loss",
         nargs="+",
@@ -1391,12 +1404,13 @@ def parser():
         help="trie: the loss normalises over legal continuations only (MSL)",
     )
     add("--temperature", type=positive(float), default=1.0, help="of the trie softmax in training")
-    add = p.add_argument_group("training").add_argument
+
+
+def training_flags(add):
     add(
         "--epochs",
         type=positive(int),
-        default=2,
-        help="passes over the training windows, warm-up included",
+        help="passes over the training windows, warm-up included (default: 2 on toy, else 3)",
     )
     add(
         "--batch",
@@ -1424,7 +1438,9 @@ def parser():
         default=0,
         help="of batches, draws and dropout; the split does not depend on it",
     )
-    add = p.add_argument_group("evaluation").add_argument
+
+
+def evaluation_flags(add):
     add(
         "--rank-softmax",
         choices=("trie", "full"),
@@ -1439,7 +1455,9 @@ def parser():
         help="leave the test windows alone: for choosing hyper-parameters",
     )
     add("--no-report", action="store_true", help="write no report.html")
-    add = p.add_argument_group("run").add_argument
+
+
+def run_flags(add):
     add("--out", default="runs", metavar="DIR", help="where run folders go")
     add("--name", help="of the run folder (default: dataset, model and seed)")
     add("--resume", action="store_true", help="go on with an interrupted run, given the same flags")
@@ -1450,12 +1468,20 @@ def parser():
         metavar="N",
         help="updates between checkpoints",
     )
-    return p
+
+
+def default_epochs(dataset):
+    """3, the best of 1 to 4 for both losses on validation windows of ml-100k, but 2 on toy.
+
+    There a small budget is the point: it shows the language bias of SFT.
+    """
+    return 2 if dataset == "toy" else 3
 
 
 def main(argv=None):
     forgive_stdout()
     args = parser().parse_args(argv)
+    args.epochs = args.epochs or default_epochs(args.dataset)
     limit_onednn_cache(args.cache)
     args.name = (
         args.name

@@ -52,7 +52,7 @@ from data import (
     limit_onednn_cache,
     load_dataset,
 )
-from evaluate import audit, evaluate_model, list_metrics, popularity_lists, token_nlls
+from evaluate import audit, evaluate_parts, list_metrics, popularity_lists, token_nlls
 
 # Chosen by tune-lr and tune-tau, by NDCG@10 on validation windows of ml-100k alone, before a test
 # window was read.
@@ -73,17 +73,18 @@ CONFIG = {
 }
 
 ALL_WINDOWS = {"dataset": "ml-100k", "split": "leave-one-out", "windows": None, "lr": 2e-3}
-PARSER_DEFAULTS = {name: gdrt.parser().get_default(name) for name in ("epochs", "batch", "lr")}
+PARSER_DEFAULTS = {name: gdrt.parser().get_default(name) for name in ("batch", "lr")}
 TOY = {"dataset": "toy", "split": "leave-one-out", "windows": None}
+TOY_SHOP = TOY | PARSER_DEFAULTS | {"epochs": gdrt.default_epochs("toy")}
 FEW_WINDOWS = {"split": "leave-one-out", "windows": 10_000}
 SETTINGS = {
     # 10,000 windows: the budget of this literature.
     "grid": {"dataset": "ml-100k", "split": "time", "windows": 10_000},
     "leave-one-out": ALL_WINDOWS,  # its learning rate by tune-leave-one-out
-    "main": ALL_WINDOWS | PARSER_DEFAULTS,
+    "main": ALL_WINDOWS | PARSER_DEFAULTS | {"epochs": gdrt.default_epochs("ml-100k")},
     "toy": TOY,
-    "toy-shop": TOY | PARSER_DEFAULTS,
-    "toy-short": TOY | PARSER_DEFAULTS | {"dataset": "toy-short"},
+    "toy-shop": TOY_SHOP,
+    "toy-short": TOY_SHOP | {"dataset": "toy-short"},
     "transfer": FEW_WINDOWS,
     "transfer-uniform": FEW_WINDOWS | {"epochs": 4, "lr": 4e-3},
     # What two cores train in minutes: not tuned, the same for every loss.
@@ -148,6 +149,7 @@ UNTRAINED = ("popularity", "before")
 
 BASE = (*UNTRAINED, "sft", "gdrt")
 BY_RELEVANCE = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
+LORA_ROWS = ("gdrt uniform by probability", "gdrt uniform by ablation")
 TOY_CONTROLS = ("gdrt, groups after SFT", "random groups", "true groups", "msl", "gdrt + msl")
 SHOP_CONTROLS = ("permuted groups uniform", "true groups uniform")
 TABLES = {  # experiment: rows, seeds; its setting has the same name
@@ -155,7 +157,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "leave-one-out": ((*BASE, "gdrt uniform"), 5),
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
-    "smollm2-10k": (("sft", *BY_RELEVANCE[1:], "msl"), 2),
+    "smollm2-10k": (("sft", *LORA_ROWS, "msl"), 2),
     "main": ((*UNTRAINED, "sft", *BY_RELEVANCE), 5),
     "toy-shop": ((*UNTRAINED, "sft", *BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
@@ -246,11 +248,11 @@ def tuning_runs(name):
         return trials(["sft", "gdrt"], grid, epochs=(2, 3, 6))
     if name == "tune-lr-lora":  # the same trials for both
         few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 3}
-        rows = ["sft", "gdrt uniform by ablation"]
+        rows = ["sft", "gdrt uniform by probability"]
         return trials(rows, few, lr=(1e-3, 2e-3, 4e-3))
     both = ["sft", "gdrt uniform"]
     if name == "untrained":
-        return trials(both, SETTINGS["main"], seeds=5)
+        return trials(both, SETTINGS["main"], seeds=5, epochs=[2])
     if name == "epochs":
         return trials(both, SETTINGS["main"], seeds=3, epochs=(1, 2, 3, 4))
     if name == "few-windows":
@@ -546,8 +548,8 @@ def held_groups(reference, run, results):
     group = read_array(results, name)
     if group is None:
         relevance_name = "planted" if is_planted else "gradient"
-        if "lora" in run["reference"]:  # on a pretrained model gradient takes too long
-            relevance_name = "ablation"
+        if "lora" in run["reference"]:  # on a pretrained model attribution takes too long
+            relevance_name = "probability"
         r, _ = measured(reference, relevance_name, run["reference"]["seed"])
         group = cut_groups(r, reference.setup.windows, n_groups)[0].astype(np.int8)
         add_arrays(results, {name: group})
@@ -563,27 +565,34 @@ def evaluate_outcomes(begun, arguments, held, n_held):
     setup = begun.setup
     dataset = begun.dataset
     device = begun.cfg.device
-    part = "valid" if arguments.get("no_test") else "test"
-    windows = getattr(dataset, part)[:: arguments.get("thinned", 1)]  # every so many of them
-    told = {}
+    parts = {}
+    for part in ("valid",) if arguments.get("no_test") else ("valid", "test"):
+        parts[part] = getattr(dataset, part)[:: arguments.get("thinned", 1)]  # every so many
     if arguments["loss"] == "popularity":
-        lists = popularity_lists(dataset, windows, 10)
-        told[part], per_window = list_metrics(dataset, windows, *lists)
+        found = {}
+        for part, windows in parts.items():
+            found[part] = list_metrics(dataset, windows, *popularity_lists(dataset, windows, 10))
     else:
-        held_out = (windows, held, n_held)
-        told[part], per_window, _ = evaluate_model(
-            setup.model, setup.prompts, dataset, *held_out, device=device
-        )
-        if part == "test":
-            ndcg = per_window["NDCG@10"]
-            options = {"seed": arguments["seed"], "device": device}
-            told["audit"] = audit(setup.model, setup.prompts, *held_out, ndcg, **options)
+        scored = (setup.model, setup.prompts, dataset, parts, held, n_held)
+        found = evaluate_parts(*scored, device=device)
+    told = {part: metrics for part, (metrics, *_) in found.items()}
+    per_window = {part: values for part, (_, values, *_) in found.items()}
+    if "test" in parts and arguments["loss"] != "popularity":
+        audited = (parts["test"], held, n_held, per_window["test"]["NDCG@10"])
+        options = {"seed": arguments["seed"], "device": device}
+        told["audit"] = audit(setup.model, setup.prompts, *audited, **options)
+    by_part = {part: table_by_user(dataset, parts[part], per_window[part]) for part in parts}
+    return told, by_part
+
+
+def table_by_user(dataset, windows, per_window):
+    """`by_user` of what was found for each of the windows."""
     known = set()
     for w in dataset.train:
         known.update(w.items[w.start : w.stop + 1])
     seen_target = [w.items[w.stop] in known for w in windows]
     values = {name: per_window[name] for name in KINDS if name in per_window}
-    return told, {part: by_user([w.user for w in windows], seen_target, values)}
+    return by_user([w.user for w in windows], seen_target, values)
 
 
 def train_by(begun, arguments, group, n_groups, options):
