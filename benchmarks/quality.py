@@ -86,7 +86,7 @@ SETTINGS = {
     "toy-shop": TOY_SHOP,
     "toy-short": TOY_SHOP | {"dataset": "toy-short"},
     "transfer": FEW_WINDOWS,
-    "transfer-uniform": FEW_WINDOWS | {"epochs": 4, "lr": 4e-3},
+    "transfer-uniform": FEW_WINDOWS | {"epochs": 4, "lr": 4e-3, "held": "ablation"},
     # What two cores train in minutes: not tuned, the same for every loss.
     "smollm2": {
         "dataset": "ml-100k",
@@ -102,6 +102,7 @@ SETTINGS = {
         "split": "leave-one-out",
         "windows": 10_000,
         "model": "smollm2-135m",
+        "held": "probability",  # what cuts the groups of held-out NLL: attribution takes too long
         "lora": 8,
         "batch": 64,
         "epochs": 1,  # half an hour on one core
@@ -144,7 +145,7 @@ ROWS |= {
 
 # What the runs of one start have in common.
 START = ("dataset", "split", "windows", "history", "model", "start", "batch", "epochs", "lr")
-START += ("warmup", "train_softmax", "seed", "lora")
+START += ("warmup", "train_softmax", "seed", "lora", "held")
 UNTRAINED = ("popularity", "before")
 
 BASE = (*UNTRAINED, "sft", "gdrt")
@@ -547,9 +548,7 @@ def held_groups(reference, run, results):
     n_groups = 2 if is_planted else CONFIG["gdrt"]["groups"]
     group = read_array(results, name)
     if group is None:
-        relevance_name = "planted" if is_planted else "gradient"
-        if "lora" in run["reference"]:  # on a pretrained model attribution takes too long
-            relevance_name = "probability"
+        relevance_name = "planted" if is_planted else run["reference"].get("held", "gradient")
         r, _ = measured(reference, relevance_name, run["reference"]["seed"])
         group = cut_groups(r, reference.setup.windows, n_groups)[0].astype(np.int8)
         add_arrays(results, {name: group})

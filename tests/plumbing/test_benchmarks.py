@@ -305,7 +305,7 @@ def test_lora_is_part_of_a_key_and_of_a_start_only_where_it_is_used():
 
 
 def test_a_run_with_lora_trains_from_its_start_and_leaves_the_weights(little, tmp_path):
-    """By ablation; probability's groups report held-out NLL; SFT after it starts where it did."""
+    """By ablation; SFT after it starts where it did."""
     dataset, model, tokenizer, _ = little
     small = replace(dataset, valid=dataset.valid[:12], test=dataset.test[:12])
     setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64}
