@@ -16,7 +16,7 @@ from data import TEMPLATE, TITLE, USER, InputError, build_trees, legal_tokens, t
 
 AUXILIARY = (TEMPLATE, TITLE)
 POINTS = 4  # on the path; r's rank correlation with its limit: 0.74 at 2 points, 0.91 at 4
-FLOOR = 0.5  # c, nats: a token that is all but certain owes nothing to the user (see `ratio`)
+FLOOR = 0.5  # c, nats: without it a token that is all but certain divides two tiny numbers
 
 
 def path_ends(model, batch, segment):
@@ -52,12 +52,10 @@ def segment_gradient(model, batch, segment, points=POINTS, trie=None):
 def ratio(aux, user, floor=FLOOR):
     """r = (|A_aux| + c) / (|A_aux| + |A_user| + c), elementwise (the floor c is our choice).
 
-    Without c, a token that is all but certain has the quotient of two tiny numbers; with it, such a
-    token needs no user. On toy, c raises r's rank correlation between seeds from 0.04 to 0.17.
+    On toy, c raises the rank correlation of r between two seeds from 0.04 to 0.17.
     """
-    aux = np.abs(aux)
-    user = np.abs(user)
-    return (aux + floor) / (aux + user + floor)
+    aux = np.abs(aux) + floor
+    return aux / (aux + np.abs(user))
 
 
 def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
@@ -79,7 +77,7 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
     that title as target. log p is over LEGAL continuations, which finds toy's planted bias with AUC
-    0.995, against 0.51 over the vocabulary; where only one is legal, r = 1.
+    0.995, against 0.51 over the vocabulary. r = 1 if only one is legal, or p > 0.99 with no user.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
@@ -88,15 +86,17 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 
     trees = build_trees(prompts, sample)
     r, item, place, _ = of_all_targets(measure, model, trees, device, f"relevance ({method})")
-    return mean_by_place(r, item, place, prompts)
+    r = prior = mean_by_place(r, item, place, prompts)
+    if method != "probability":
+        prior = relevance(model, prompts, windows, "probability", device=device)
+    return np.where(prior > 0.99, 1, r)
 
 
 def cut(r, weight, n_groups):
     """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
 
-    r, weight (how often a token is trained on): arrays of one shape; group: the same shape, 0 the
-    least relevant to auxiliary tokens, -1 where r is NaN. Equal r always share a group, so weights
-    are equal only as far as ties allow. cuts: lowest r of each group.
+    r and weight (how often a token is trained on) are of one shape. group: the same shape, 0 the
+    least relevant, -1 where r is NaN. Equal r share a group. cuts: lowest r of each group.
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)

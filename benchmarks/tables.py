@@ -336,16 +336,41 @@ def table(results, rows, columns=COLUMNS, seen_target=False):
 
 
 def epochs_table(results, lines, wanted):
-    """SFT and GDRT after each number of epochs, on validation windows, compared at equal epochs."""
+    """SFT and GDRT after each number of epochs, on validation windows, compared at equal epochs.
+
+    Last, each loss after the epochs that are best for it, by the mean NDCG@10 of the seeds that all
+    numbers of epochs have.
+    """
+    trials = on_validation(lines)
+    rows = {}  # (epochs, row): {seed: line}
+    for epochs in sorted({line["arguments"]["epochs"] for line in trials if has(line, wanted)}):
+        for name, row in pick(trials, tuning=True, **wanted | {"epochs": epochs}).items():
+            rows[epochs, name] = row
+    if not rows:
+        return ""
+
+    def cells(name, row, sft):
+        against = {} if name == "sft" else sft
+        return [name, *(cell(results, column, row, against) for column in VALIDATION)]
+
     body = []
-    every = {line["arguments"]["epochs"] for line in lines if has(line, wanted)}
-    for epochs in sorted(every):
-        rows = pick(on_validation(lines), tuning=True, **wanted | {"epochs": epochs})
-        for name, row in rows.items():
-            sft = {} if name == "sft" else rows.get("sft", {})
-            cells = [cell(results, column, row, sft) for column in VALIDATION]
-            body.append([epochs, name, *cells])
+    for (epochs, name), row in rows.items():
+        body.append([epochs, *cells(name, row, rows.get((epochs, "sft"), {}))])
+    everywhere = set.intersection(*(set(row) for row in rows.values()))
+    best = {}
+    for name in ("sft", "gdrt uniform"):
+        tried = [epochs for epochs, loss in rows if loss == name]
+        best[name] = max(tried, key=lambda epochs: mean_ndcg(rows[epochs, name], everywhere))
+    if everywhere:
+        for name, epochs in best.items():
+            row = rows[epochs, name]
+            body.append([f"best: {epochs}", *cells(name, row, rows[best["sft"], "sft"])])
     return markdown(["epochs", "", *VALIDATION], body)
+
+
+def mean_ndcg(row, seeds):
+    """Mean NDCG@10 on validation windows of a row's runs with these seeds."""
+    return np.mean([row[seed]["valid"]["NDCG@10"] for seed in sorted(seeds)])
 
 
 def diagnosis_table(results, lines):
