@@ -427,15 +427,20 @@ def opened_by(quote, model):
     return prompts, random_windows(len(titles), 3, users=6, length=len(titles))
 
 
-@pytest.mark.parametrize("method", ["gradient", "ablation"])
+@pytest.mark.parametrize("method", ["gradient", "ablation", "probability"])
 def test_a_token_that_is_all_but_certain_is_most_relevant(method):
-    """SmolLM2's opening quote: a quotient of two tiny numbers would scatter it over the groups."""
+    """SmolLM2's opening quote: a quotient of two tiny numbers would scatter it over the groups.
+
+    r = 1 sends it to the group of the last word and EOS, which the trie makes certain and which
+    fill the highest group: 0.9999 would fall into the one below.
+    """
     model = small_model()
     quote = 30
     prompts, windows = opened_by(quote, model)
     trees = build_trees(prompts, sample_windows(windows, 0))
     tries = (prompts.trie,)
-    aux, user, item, place, _ = attributions(model, trees, method, tries)
+    attribution_method = "ablation" if method == "probability" else method
+    aux, user, item, place, _ = attributions(model, trees, attribution_method, tries)
     opens = np.array([title[0] == quote for title in prompts.titles])
     quotes = (place == 0) & opens[item]
     aux, user = np.abs(aux[quotes]), np.abs(user[quotes])
@@ -444,9 +449,9 @@ def test_a_token_that_is_all_but_certain_is_most_relevant(method):
     assert without_floor.min() < 0.3 and without_floor.max() > 0.7
 
     r = relevance(model, prompts, windows, method)
-    r[:, 3:] = np.nan  # the last word and EOS: certain by the trie, which is another matter
     group, _, _ = cut_groups(r, windows, 3)
     measured = ~np.isnan(r[:, 0])
+    assert (r[opens & measured, 0] == 1).all() and not r[0, 0] == 1
     assert (group[opens & measured, 0] == 2).all()
     assert group[0, 0] != 2
 
