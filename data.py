@@ -1,37 +1,37 @@
-"""Datasets, prompts, tokeniser, title trie and trees: what lies between ratings and tokens.
+"""Datasets, prompts, tokeniser, title trie and trees: everything between ratings and tokens.
 
-item        index into Dataset.titles; ids of the source that share a title are one item
-positive    a rating of at least --min-rating; a user's positives are ordered by time
-window      one prediction: history items[start:stop], target items[stop] of one user
-split       the last positive of a user tests, the one before validates (--split time: by time)
-H           --history: a history has H to 2H - 1 items, fewer early on; see `history_start`
-segment     what a token of a prompt belongs to: BOS, TEMPLATE, USER, TITLE, or PAD
-legal       a token is legal after a title's prefix if some title goes on with it
-tree        prompts of one user that share their prefix, packed into one sequence
+These terms are used in all modules:
+    item      index into Dataset.titles; ids in the source that share a title are one item
+    positive  a rating of at least --min-rating; a user's positives are sorted by time
+    window    one prediction for a user: the target items[stop] from the history items[start:stop]
+    split     a user's last positive is for testing, the one before for validation (or by time)
+    H         --history: a history has H to 2H - 1 items, or fewer if the user has no more
+    segment   the part of the prompt that a token belongs to: BOS, TEMPLATE, USER, TITLE or PAD
+    legal     a token is legal after a title prefix if some title continues with it
+    tree      prompts of one user that share a prefix, packed into one sequence
 """
 
 from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """One prediction: history items[start:stop], target items[stop]; items[:stop] are seen."""
+    """One prediction: history items[start:stop], target items[stop]; the user saw items[:stop]."""
 
     user: int
-    items: tuple  # oldest first, one tuple shared by the windows of a user
+    items: tuple  # oldest first; the windows of a user share one tuple
     start: int
     stop: int
 
 
 def history_start(stop, history):
-    """Where the history of target `stop` starts: it holds the latest H to 2H - 1 positives, or all.
+    """Where the history of target `stop` starts, to hold H to 2H - 1 items, or all if fewer.
 
-    Targets in a row share their start, so that one packed tree can serve them all (our choice).
+    Consecutive targets share their start, so that one tree can hold them all (our choice).
     """
     return max(0, (stop // history - 1) * history)
 
 
-# What a token of a prompt belongs to. The tokens auxiliary to a target are TEMPLATE (task and
-# marker) and TITLE (the prefix of the target's own title); the user's tokens are USER.
+# USER is the history. TEMPLATE (task, marker) and TITLE (the target so far) are auxiliary tokens.
 PAD, BOS, TEMPLATE, USER, TITLE = range(5)
 
 TASK = (
@@ -44,21 +44,21 @@ MARKER = "\n### Response:\n"
 
 
 class Prompts(NamedTuple):
-    """The pieces of every prompt as token ids, each encoded on its own: they never re-merge."""
+    """The pieces of all prompts, encoded separately so that no token spans two of them."""
 
-    bos: list  # [] where the tokeniser has no BOS
+    bos: list  # [] if the tokeniser has no BOS
     task: list
     separator: list
     marker: list
     titles: list  # item -> tokens of the quoted title, without EOS
     eos: int
-    max_positions: int  # positions the model has
+    max_positions: int  # the most tokens the model can read
     trie: "Trie"  # the legal continuations, as arrays
-    packed: bool = True  # False: the model takes no tree's mask, see `fall_back_to_unpacked`
+    packed: bool = True  # False: the model cannot run trees, see `fall_back_to_unpacked`
 
 
 def one_prompt(prompts, window):
-    """One window's prompt, then its title and EOS -> (ids (L,), segments (L,), first target).
+    """A window's prompt with its title and EOS -> (ids (L,), segments (L,), first target token).
 
     The target tokens are ids[first:]; each is predicted from all the tokens before it.
     """
@@ -73,7 +73,7 @@ def one_prompt(prompts, window):
 
 
 def legal_continuations(titles):
-    """Titles as token ids, each with its EOS -> {prefix of a title: set of its next tokens}."""
+    """Titles as token ids, each with its EOS -> {title prefix: set of tokens that may follow}."""
     legal = {}
     for title in titles:
         for place, token in enumerate(title):
@@ -127,12 +127,12 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-MIN_POSITIVES = 5  # a user with fewer is dropped: leave-one-out needs three windows of her
-MIN_HISTORY = 3  # a target with fewer positives before it is no window: no taste to infer yet
+MIN_HISTORY = 3  # targets with fewer positives before them are skipped: too few to show a taste
+MIN_POSITIVES = 5  # users with fewer are dropped: 3 of history, 1 to validate on, 1 to test on
 
 
 class InputError(Exception):
-    """The user's input is at fault. One sentence: which file, line or flag, and what to do."""
+    """Bad input. The message is one sentence: which file, line or flag, and what to do."""
 
 
 def cache_folder(cache=None):
@@ -147,9 +147,9 @@ def announce(text):
 
 
 def write_atomic(path, content):
-    """Write str, bytes or what content(file) writes: `path` holds all of it or its old content.
+    """Write a file so that `path` always holds its old content or all of the new one.
 
-    Raises OSError.
+    content: str, bytes, or a function that writes to the open file it is given. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,133 +176,133 @@ class Dataset:
     titles: list  # item -> title, all different
     genres: list  # item -> tuple of genres, () where unknown
     users: list  # user -> id in the source
-    train: list  # windows; those of a user stand together and in order
+    train: list  # windows, sorted by user and time
     valid: list
     test: list
-    stats: dict  # what was merged, dropped, tied and kept
-    planted: dict | None  # toy only, see toy_table
+    stats: dict  # how much was merged, dropped, tied and kept
+    planted: dict | None  # toy only, see `toy_table`
     digest: str  # sha256 over titles, genres and windows
     ids: list = ()  # item -> its first id in the source
 
 
 # ------------------------------------------------ titles
 
-# What pandas, databases and GroupLens write where there is nothing.
+# What pandas, databases and GroupLens write for a missing value.
 EMPTY = {"", "nan", "NaN", "None", "NULL", "null", "N/A", "n/a", "<NA>", "\\N"}
 NO_GENRE = EMPTY | {"(no genres listed)"}
 NO_YEAR = {text.lower() for text in EMPTY} | {"0"}
-# A year in brackets or as pandas writes a number is no title; 1984 may be one.
+# "(1984)" and pandas' "1984.0" are years without a title, but "1984" may be a title.
 YEAR_ALONE = re.compile(r"[(\[] ?\d{4} ?[)\]]|\d{4}\.0+")
 ARTICLES = "The|An?|Il|I|Lo|La|Les?|L'|Gli|El|Los|Las|Un[ae]?|Der|Die|Das|Eine?|Det|Den|Het|De|En|O"
 INNER_ARTICLE = re.compile(rf"\(((?:(?i:a\.?k\.?a\.?):? )?)([^()]+), ({ARTICLES})\)")
 LAST_ARTICLE = re.compile(rf"^(.+?), ({ARTICLES})(?= *(?:\(|$))")
-# Before "Die" or "I" these, or another comma, make it an English verb or pronoun.
+# Before ", Die" or ", I", these mean that the word is an English verb or pronoun, not an article.
 ENGLISH = re.compile(
     r",|\b(?:and|or|to|the|of|you|me|we|they|let|live|will|must|never|not)\b", re.I
 )
 
 
 def normalize_text(text):
-    """One spelling for one string: composed accents, single spaces, nothing unprintable."""
+    """The text with composed accents, single spaces and no control characters."""
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
 
 
 def unescape(text):
-    """HTML entities as letters. Each ends in a semicolon: 'AT&TV' and 'R&D' hold none."""
+    """Decode HTML entities, but none without its semicolon: 'Cut&copy' stays as it is."""
     return re.sub(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);", lambda match: html.unescape(match[0]), text)
 
 
-def join_article(article, title):
+def article_first(title, article):
+    """'Usual Suspects', 'The' -> 'The Usual Suspects'; 'Live and Let', 'Die' keep their order."""
+    if article in ("Die", "I") and ENGLISH.search(title):
+        return f"{title}, {article}"
     return article + title if article.endswith("'") else f"{article} {title}"
 
 
 def move_articles(title):
-    """'Usual Suspects, The (1995)' -> 'The Usual Suspects (1995)', and so inside brackets."""
+    """'Big Blue, The (Grand bleu, Le)' -> 'The Big Blue (Le Grand bleu)'."""
 
     def inner(match):
-        if match[3] in ("Die", "I") and ENGLISH.search(match[2]):
-            return match[0]
-        return f"({match[1]}{join_article(match[3], match[2])})"
+        return f"({match[1]}{article_first(match[2], match[3])})"
 
     def last(match):
-        if match[2] in ("Die", "I") and ENGLISH.search(match[1]):
-            return match[0]
-        return join_article(match[2], match[1])
+        return article_first(match[1], match[2])
 
     return LAST_ARTICLE.sub(last, INNER_ARTICLE.sub(inner, title))
 
 
 def clean_title(title, movie=False):
-    """One line of text, '' where a file says that there is none; for movies articles come first."""
+    """The title as one line, '' if it is missing; a movie's article is moved to the front."""
     title = normalize_text(unescape(unescape(title)))  # some Amazon titles are escaped twice
     if title in EMPTY or YEAR_ALONE.fullmatch(title):
         return ""
     return move_articles(title) if movie else title
 
 
-def natural_sort_key(identity):
-    return len(identity), identity  # "9" before "10"
+def natural_sort_key(source_id):
+    return len(source_id), source_id  # "9" before "10"
 
 
 def merge_titles(names, genres, movie=False):
-    """Ids of one title become one item. names, genres: dicts by id.
+    """Merge ids with the same title into one item. names, genres: dicts by id.
 
     Returns (titles, genres by item, {id: item}, stats).
     """
     items = {}
-    kinds = []
+    item_genres = []
     index = {}
     untitled = 0
-    for identity in sorted(names, key=natural_sort_key):
-        title = clean_title(names[identity], movie)
-        untitled += not title
-        title = title or normalize_text(f"Untitled {identity}")
+    for item_id in sorted(names, key=natural_sort_key):
+        title = clean_title(names[item_id], movie)
+        if not title:
+            untitled += 1
+            title = normalize_text(f"Untitled {item_id}")
         if title not in items:
             items[title] = len(items)
-            kinds.append(genres.get(identity, ()))
-        index[identity] = items[title]
+            item_genres.append(genres.get(item_id, ()))
+        index[item_id] = items[title]
     stats = {
         "items": len(items),
         "ids merged with another of the same title": len(names) - len(items),
         "items without title, named Untitled ID": untitled,
     }
-    return list(items), kinds, index, stats
+    return list(items), item_genres, index, stats
 
 
-def check_titles(touched, titles, source):
-    """InputError if most of the item ids that users touched have no title: the files do not fit.
+def check_titles(used, titles, source):
+    """InputError if most of the item ids in use have no title: the files do not belong together.
 
-    titles: {id: title}. source: where the titles are, for the message.
+    used: ids that occur in users' data. titles: {id: title}. source: of the titles, for messages.
     """
-    missing = sorted(
-        (i for i in touched if not clean_title(titles.get(i, ""))), key=natural_sort_key
-    )
-    if 2 * len(missing) > len(touched):
-        known = ", ".join(repr(identity) for identity in list(titles)[:3])
-        empty = [identity for identity in missing if identity in titles]
-        if 2 * len(empty) > len(missing):
-            raise InputError(
-                f"{len(empty)} of {len(touched)} items that users touched have no title, such as "
-                f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the field of titles"
-            )
+    missing = [item_id for item_id in used if not clean_title(titles.get(item_id, ""))]
+    if 2 * len(missing) <= len(used):
+        return
+    missing.sort(key=natural_sort_key)
+    empty = [item_id for item_id in missing if item_id in titles]
+    if 2 * len(empty) > len(missing):
         raise InputError(
-            f"{len(missing)} of {len(touched)} items that users touched have no title, such as "
-            f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
-            "give both files the same ids"
+            f"{len(empty)} of {len(used)} items that users touched have no title, such as "
+            f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the title field"
         )
+    known = ", ".join(map(repr, list(titles)[:3]))
+    raise InputError(
+        f"{len(missing)} of {len(used)} items that users touched have no title, such as "
+        f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
+        "give both files the same ids"
+    )
 
 
 # ------------------------------------------------ parsers
 
 
 class Table(NamedTuple):
-    """Ratings and titles as a source has them, before anything is merged or dropped."""
+    """Ratings and titles as the source has them, before anything is merged or dropped."""
 
     titles: dict  # item id -> title
     genres: dict  # item id -> tuple
     ratings: list  # (user id, item id, rating, seconds)
-    domain: str | None = None  # key of DOMAINS, where the files tell
+    domain: str | None = None  # key of DOMAINS, if the files imply one
 
 
 FLAGS = (
@@ -319,7 +319,7 @@ FORMATS = {  # name -> separator, fields; None: the file's first line names them
     "movies.csv": (",", None),
 }
 ALIASES = {"userId": "user_id", "movieId": "item_id"}  # of ml-latest and ml-25m
-TITLE_FIELDS = {  # in this order -> the domain that the name tells
+TITLE_FIELDS = {  # in order of preference -> the domain that the name implies
     "movie_title": "movies",
     "movie_name": "movies",
     "book_title": "book",
@@ -332,7 +332,7 @@ TITLE_FIELDS = {  # in this order -> the domain that the name tells
     "product_name": None,
     "name": None,
 }
-# What holds a preference in a .inter file, in this order and in upper or lower case.
+# Fields of a .inter file that hold a preference, the first found is used; their case is ignored.
 RATING_FIELDS = "rating", "ratings", "score", "stars"
 LABEL_FIELDS = "label", "click", "is_click"
 GENRE_FIELDS = "class", "genre", "genres", "categories", "category", "type"
@@ -342,25 +342,29 @@ GENRE_DOMAINS = {
     "Video Games": "games",
     "Movies & TV": "movies",
 }
-LARGEST = 1 << 28  # bytes of a file that we are ready to read from an archive
+LARGEST = 1 << 28  # bytes: the largest download, file in an archive or field of a CSV we accept
+# One of the quoted texts in a list: 'A', 'B'.
 QUOTED = re.compile(r"""(?:^|,)\s*(['"])(.*?)\1\s*(?=,|$)""")
+# A cell that begins with several quoted texts, so its first quote is not CSV's.
 LIST_OF_QUOTED = re.compile(r"""\s*"[^"]*" *, *['"]""")
+# A cell of a tab-separated file that is quoted as a whole.
 QUOTED_CELL = re.compile(r'(?:^|\t)"([^"\t\n]*)"(?=\t|\r?$)', re.M)
-# A text in quotes, or what pandas and JSON write for nothing.
+# A text in quotes, or what pandas and JSON write for a missing value.
 TEXT_OR_NULL = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\b(?:nan|NaN|null)\b""", re.S)
 
 
 def decode(data):
-    """Bytes of a file -> text: UTF-8, and what is not is cp1252, byte by byte."""
-    text = data.decode("utf-8-sig", "surrogateescape")
+    """Decode a file's bytes as UTF-8, and any byte that is not valid UTF-8 as cp1252."""
+    text = data.decode("utf-8-sig", "surrogateescape")  # an invalid byte becomes a lone surrogate
 
-    def spell(match):
-        return bytes([ord(match[0]) - 0xDC00]).decode("cp1252", "replace")
+    def from_cp1252(match):
+        return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
-    return re.sub("[\udc80-\udcff]", spell, text)
+    return re.sub("[\udc80-\udcff]", from_cp1252, text)
 
 
 def number(text, place):
+    """A finite float. place: file and line, for the message."""
     try:
         value = float(text)
     except ValueError:
@@ -371,7 +375,7 @@ def number(text, place):
 
 
 def quotes_close(text, separator):
-    """Does every quote in a file close as csv and pandas close it?"""
+    """Is every quote in a file closed, by the rules of csv and pandas?"""
     try:
         for _ in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
             pass
@@ -381,30 +385,31 @@ def quotes_close(text, separator):
 
 
 def split_line(line, separator, width):
-    """The fields of one line as csv and pandas read it; width: fields of the header.
+    """The fields of one line by the rules of csv, except that stray quotes are plain characters.
 
-    A quote that would swallow other fields or the next line is a letter, and so is a list's.
+    A quote is stray if it would swallow other fields or the next line, or if it belongs to a list
+    of quoted texts. width: number of fields in the header.
     """
-    letters = line.split(separator)
+    plain = line.split(separator)
     try:
-        values = next(csv.reader([line + "\n"], delimiter=separator))
+        parsed = next(csv.reader([line + "\n"], delimiter=separator))
     except csv.Error:
-        return letters
-    is_open = values and values[-1].endswith("\n")
-    if is_open or len(values) < len(letters) == width:
-        return letters
-    if len(values) == len(letters):
-        cells = zip(letters, values)
-        return [raw if LIST_OF_QUOTED.match(raw) else value for raw, value in cells]
-    return values
+        return plain
+    swallows_line = parsed and parsed[-1].endswith("\n")
+    swallows_fields = len(plain) == width and len(parsed) < width
+    if swallows_line or swallows_fields:
+        return plain
+    if len(parsed) != len(plain):
+        return parsed
+    return [raw if LIST_OF_QUOTED.match(raw) else value for raw, value in zip(plain, parsed)]
 
 
 def split_lines(data, name, quiet=False):
-    """Yield (place, [text of each field]) of a file's lines.
+    """Yield (place, [text of each field]) for each record of a file. place: file and line.
 
-    Files with commas or tabs are read as csv and pandas write them: a field in quotes may hold
-    separators and newlines, and its quotes are doubled. Where a file's quotes do not close so,
-    each line is read on its own, see `split_line`, and one notice says so unless it is `quiet`.
+    A file whose header names its fields is read as csv and pandas write it: a quoted field may
+    hold separators and newlines, and its own quotes are doubled. If some quote does not close,
+    each line is read on its own, see `split_line`, with one notice unless `quiet`.
     """
     separator, fields = FORMATS.get(name, ("\t", None))
     text = decode(data)
@@ -416,9 +421,10 @@ def split_lines(data, name, quiet=False):
                 yield f"{name}:{reader.line_num}", values
             return
         if not quiet:
-            announce(f"{name}: quotes in it that do not close as in CSV are read as letters")
-        width = len(text.split("\n", 1)[0].split(separator))
-        for i, line in enumerate(text.split("\n"), start=1):
+            announce(f"{name}: quotes that are not closed as in CSV are read as plain characters")
+        lines = text.split("\n")
+        width = len(lines[0].split(separator))
+        for i, line in enumerate(lines, start=1):
             yield f"{name}:{i}", split_line(line.rstrip("\r"), separator, width)
         return
     for i, line in enumerate(text.split("\n"), start=1):
@@ -426,13 +432,13 @@ def split_lines(data, name, quiet=False):
 
 
 def field_name(text):
-    """The header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'."""
+    """A header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'."""
     name = text.strip().split(":")[0]
     return ALIASES.get(name, name)
 
 
 def records(data, name, needed):
-    """Yield (place, {field: text}) of each line of a file that GroupLens or RecBole define."""
+    """Yield (place, {field: text}) for each record of a GroupLens or RecBole file."""
     _, fields = FORMATS.get(name, ("\t", None))
     for place, values in split_lines(data, name):
         if fields is None:
@@ -451,7 +457,7 @@ def records(data, name, needed):
 
 
 def field_types(data, name):
-    """{field: RecBole's type, '' where none is given} of a file."""
+    """{field: its RecBole type, or '' if it has none} of a file."""
     _, fields = FORMATS.get(name, ("\t", None))
     if fields is not None:
         return dict.fromkeys(fields, "")
@@ -460,7 +466,7 @@ def field_types(data, name):
 
 
 def preference_fields(row):
-    """The names of the fields that hold a line's rating and its label, each None if not there."""
+    """The names of a row's rating field and label field, None for one that it lacks."""
     names = {name.lower(): name for name in row}
     rating = next((names[field] for field in RATING_FIELDS if field in names), None)
     label = next((names[field] for field in LABEL_FIELDS if field in names), None)
@@ -468,9 +474,9 @@ def preference_fields(row):
 
 
 def read_rating(row, place, fields):
-    """A line's rating; without one, label 0 is no positive and anything else is.
+    """A row's rating. Without one, label 0 is below every --min-rating, all else is above.
 
-    fields: of `preference_fields`.
+    fields: from `preference_fields`.
     """
     rating, label = fields
     if rating is not None:
@@ -480,7 +486,7 @@ def read_rating(row, place, fields):
     value = number(row[label], place)
     if value not in (-1, 0, 1):
         name = normalize_text(label)[:40]
-        raise InputError(f"{place}: {name} should be 0 or 1; call the field rating if it rates")
+        raise InputError(f"{place}: {name} should be 0 or 1; rename the field if it is a rating")
     return 1e9 if value > 0 else -1e9
 
 
@@ -493,8 +499,9 @@ def parse_ratings(data, name):
             fields = preference_fields(row)
             if fields == (None, None):
                 announce(f"{name}: no field rating or label, so every row counts as positive")
-        moment = number(row["timestamp"], place)
-        ratings.append((row["user_id"], row["item_id"], read_rating(row, place, fields), moment))
+        timestamp = number(row["timestamp"], place)
+        rating = read_rating(row, place, fields)
+        ratings.append((row["user_id"], row["item_id"], rating, timestamp))
     return ratings
 
 
@@ -503,16 +510,16 @@ def is_quoted(text):
 
 
 def split_genres(values, kind, whole=frozenset()):
-    """The texts of a genre column -> a list of tuples. kind: RecBole's type of the column.
+    """The texts of a genre column -> a list of tuples. kind: the RecBole type of the column.
 
-    One genre where the type is token or where the text is one of `whole`; else the column's
-    style decides: 'A', 'B' in quotes, else A|B, else A, B, else genres of one word.
+    A text is one genre if the type is token or the text is in `whole`. Otherwise the column's style
+    decides: 'A', 'B' in quotes, else A|B, else A, B, else genres of one word each.
     """
     others = [value for value in values if value not in whole]
     quoted = any(is_quoted(value.strip(" []")) for value in others)
-    everything = "".join(others)
-    separator = next((mark for mark in "|," if mark in everything), " ")
-    found = []
+    joined = "".join(others)
+    separator = next((mark for mark in "|," if mark in joined), " ")
+    genres = []
     for value in values:
         inside = value.strip(" []")
         if inside in NO_GENRE:
@@ -524,22 +531,22 @@ def split_genres(values, kind, whole=frozenset()):
         else:
             parts = [part.strip() for part in inside.split(separator)]
         parts = [part[1:-1].strip() if is_quoted(part) else part for part in parts]
-        found.append(tuple(normalize_text(part) for part in parts if part not in NO_GENRE))
-    return found
+        genres.append(tuple(normalize_text(part) for part in parts if part not in NO_GENRE))
+    return genres
 
 
 def find_title(row):
-    """A row's title with its year, which RecBole keeps apart; '' where there is none."""
+    """A row's title, with the year that RecBole keeps in another field; '' if there is none."""
     texts = [row[name].strip() for name in TITLE_FIELDS if name in row]
     title = next((text for text in texts if clean_title(text)), "")
-    year = row.get("release_year", "").strip()
-    year = re.sub(r"^(\d+)\.0+$", r"\1", year)
     if title == "unkonwn":  # RecBole's spelling
         return "unknown"
-    there = re.search(rf"[(\[] *{re.escape(year)} *[)\]]|.\b{re.escape(year)}$", title)
-    if not title or year.lower() in NO_YEAR or there:
+    year = row.get("release_year", "").strip()
+    year = re.sub(r"^(\d+)\.0+$", r"\1", year)  # pandas' 1995.0
+    if not title or year.lower() in NO_YEAR:
         return title
-    return f"{title} ({year})"
+    year_in_title = rf"[(\[] *{re.escape(year)} *[)\]]|.\b{re.escape(year)}$"
+    return title if re.search(year_in_title, title) else f"{title} ({year})"
 
 
 def parse_items(data, name):
@@ -549,7 +556,7 @@ def parse_items(data, name):
     if not set(types) & set(TITLE_FIELDS):
         raise InputError(
             f"{name}: none of its fields {normalize_text(', '.join(types))[:200]} is known to "
-            "hold titles; call one title"
+            "hold titles; rename the one that does to title"
         )
     titles = {row["item_id"]: find_title(row) for row in rows}
     genre_field = next((field for field in GENRE_FIELDS if field in types), None)
@@ -558,24 +565,25 @@ def parse_items(data, name):
         for row in rows:
             genres[row["item_id"]] = tuple(flag for flag in FLAGS if row.get(flag) == "1")
         return titles, genres
-    # csv takes the quotes of "Paper, Pens": on purpose in a tab file that quotes no header.
+    # A tab-separated file that quotes single cells, not its header, means "Paper, Pens" as one
+    # genre. csv has removed these quotes, so they are looked up in the raw text.
     whole = frozenset()
     if name not in FORMATS and b'"' not in data.split(b"\n", 1)[0]:
         whole = frozenset(QUOTED_CELL.findall(decode(data)))
-    kinds = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
-    return titles, {row["item_id"]: kind for row, kind in zip(rows, kinds)}
+    genres = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
+    return titles, {row["item_id"]: of_row for row, of_row in zip(rows, genres)}
 
 
 def find_domain(data, name, genres):
-    """The domain that an item file tells: by format, fields or genres; None: it does not."""
+    """The domain that an item file implies by its format, fields or genres, or None."""
     if name in FORMATS:
         return "movies"
     types = field_types(data, name)
-    told = [domain for field, domain in TITLE_FIELDS.items() if field in types and domain]
-    if told:
-        return told[0]
+    for title_field, domain in TITLE_FIELDS.items():
+        if title_field in types and domain:
+            return domain
     for genre, domain in GENRE_DOMAINS.items():
-        if 2 * sum(genre in kinds for kinds in genres.values()) > len(genres):
+        if 2 * sum(genre in of_item for of_item in genres.values()) > len(genres):
             return domain
     return None
 
@@ -588,22 +596,22 @@ def parse_names(data, name):
         raise InputError(f"{name}: not whole JSON ({error}); fetch the file again") from None
     if not isinstance(names, dict):
         raise InputError(f"{name}: should be one JSON object of item ids and titles")
-    for identity, title in names.items():
+    for item_id, title in names.items():
         if title is not None and not isinstance(title, (str, int, float)):
             raise InputError(
-                f"{name}: the title of item {identity[:40]!r} is {str(title)[:40]!r}; "
+                f"{name}: the title of item {item_id[:40]!r} is {str(title)[:40]!r}; "
                 "give a text or null"
             )
-    return {i: "" if title is None else str(title) for i, title in names.items()}
+    return {item_id: "" if title is None else str(title) for item_id, title in names.items()}
 
 
 def last_number(text, place):
-    """A time, or the last of a list of times."""
+    """'7' or '[3, 5, 7]' -> 7.0: a time, or the last in a list of times."""
     return number(text.strip().strip("[]").split(",")[-1].strip(" '\""), place)
 
 
 def csv_rows(data, name):
-    """Yield (place, {field: text}) of a CSV file with a header."""
+    """Yield (place, {field: text}) for each record of a CSV file with a header."""
     csv.field_size_limit(LARGEST)
     reader = csv.DictReader(io.StringIO(decode(data), newline=""))
     try:
@@ -616,22 +624,23 @@ def csv_rows(data, name):
 
 def parse_windows(data, name):
     """train.csv or test.csv -> [(seconds, user id, [item ids, the target last])]."""
-    found = []
+    windows = []
     for place, row in csv_rows(data, name):
-        moment = row.get("timestamp") or row.get("timestamps")
-        if not (row.get("user_id") and row.get("item_ids") and moment):
+        timestamp = row.get("timestamp") or row.get("timestamps")
+        if not (row.get("user_id") and row.get("item_ids") and timestamp):
             raise InputError(f"{place}: user_id, item_ids or timestamp is missing")
         if not re.fullmatch(r"\[ *\d+( *, *\d+)+ *\]", row["item_ids"]):
             raise InputError(
                 f"{place}: item_ids should be a list of two ids or more, such as [3, 14, 15]"
             )
         ids = re.findall(r"\d+", row["item_ids"])
-        found.append((last_number(moment, place), row["user_id"], ids))
-    return found
+        windows.append((last_number(timestamp, place), row["user_id"], ids))
+    return windows
 
 
 def read_list(text, place, field):
     """The list of texts that a cell such as "['A', 'B']" or "[3, 14]" holds."""
+    # Python reads neither nan nor null, so these become None; texts in quotes stay.
     text = TEXT_OR_NULL.sub(lambda match: match[1] or "None", text.strip())
     try:
         values = ast.literal_eval(text)
@@ -643,20 +652,20 @@ def read_list(text, place, field):
 
 
 def known_titles(titles, names):
-    """Those of `titles` that may be added to `names`: a null does not overwrite a title."""
+    """The part of `titles` to add to `names`: a missing title must not overwrite a known one."""
     found = {}
-    for identity, title in titles.items():
-        if identity not in EMPTY and (title not in EMPTY or identity not in names):
-            found[identity] = title
+    for item_id, title in titles.items():
+        if item_id not in EMPTY and (title not in EMPTY or item_id not in names):
+            found[item_id] = title
     return found
 
 
 def parse_histories(data, name):
-    """The CSV of D3 and MiniOneRec -> (windows as of parse_windows, {item id: title}).
+    """The CSV of D3 and MiniOneRec -> (windows as from `parse_windows`, {item id: title}).
 
-    Columns history_item_title, item_title, user_id and, where they are there, history_item_id,
-    item_id (else titles are ids) and timestamp (else the order of the lines). What has no id is
-    left out, and a line without a target or without a history is no window.
+    Columns: user_id, history_item_title, item_title; optionally history_item_id and item_id (else
+    titles serve as ids) and timestamp (else windows are in the order of the lines). Items without
+    an id are left out; a line that is left without target or history is no window.
     """
     windows = []
     names = {}
@@ -673,19 +682,19 @@ def parse_histories(data, name):
         if len(ids) != len(titles):
             raise InputError(f"{place}: {len(ids)} ids for {len(titles)} titles")
         names |= known_titles(dict(zip(ids, titles)), names)
-        moment = float(len(windows))
+        timestamp = float(len(windows))
         if row.get("timestamp"):
-            moment = last_number(row["timestamp"], place)
-        before = [identity for identity in ids[:-1] if identity not in EMPTY]
-        if before and ids[-1] not in EMPTY:
-            windows.append((moment, row["user_id"], [*before, ids[-1]]))
+            timestamp = last_number(row["timestamp"], place)
+        history = [item_id for item_id in ids[:-1] if item_id not in EMPTY]
+        if history and ids[-1] not in EMPTY:
+            windows.append((timestamp, row["user_id"], [*history, ids[-1]]))
     return windows, names
 
 
 def parse_sessions(data, name):
     """RecBole's .inter with item_id_list -> [(seconds, user id, [item ids, the target last])].
 
-    Where no rating stands beside it, a label of 0 says that the target was no positive.
+    A row whose label is 0 has no positive as its target and is left out, unless it has a rating.
     """
     windows = []
     for place, row in records(data, name, ("user_id", "item_id_list", "item_id")):
@@ -695,10 +704,10 @@ def parse_sessions(data, name):
         rating, label = preference_fields(row)
         if rating is None and read_rating(row, place, (None, label)) < 0:
             continue
-        moment = float(len(windows))
+        timestamp = float(len(windows))
         if "timestamp" in row:
-            moment = number(row["timestamp"], place)
-        windows.append((moment, row["user_id"], ids))
+            timestamp = number(row["timestamp"], place)
+        windows.append((timestamp, row["user_id"], ids))
     return windows
 
 
