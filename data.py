@@ -726,14 +726,14 @@ PUBLISHED = {
     "ml-100k": (943, 1682, 100_000, ML_100K_RATINGS, ML_100K_ARCHIVES),
     "ml-1m": (6040, 3883, 1_000_209, None, ML_1M_ARCHIVES),
 }
-SILENCE = 20  # seconds that a source may be silent
-DEADLINE = 180  # seconds that it may take in all
+SILENCE = 20  # seconds that a source may pause
+DEADLINE = 180  # seconds that a download may take
 SPLITS = "train", "valid", "test"
 NAMES_FILE = "id2name4Rec.json"  # titles beside the CSV of MSL, BEAR and BIGRec
 
 
 def read_files(source, names):
-    """{name: bytes} of those of `names` in a folder or, however deep, in a zip (path or file)."""
+    """{name: bytes} of the `names` found in a folder, or at any depth in a zip (path or file)."""
     if isinstance(source, Path) and source.is_dir():
         return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     found = {}
@@ -743,7 +743,7 @@ def read_files(source, names):
                 for name in names:
                     if f"/{info.filename}".endswith(f"/{name}") and info.file_size < LARGEST:
                         found[name] = archive.read(info)
-    except Exception as error:  # a damaged archive raises half a dozen kinds
+    except Exception as error:  # a damaged archive can raise half a dozen types
         raise InputError(f"not a whole zip archive ({error})") from None
     return found
 
@@ -770,10 +770,10 @@ def read_table(source, stem):
 
 
 def check_published(name, table):
-    """The table itself if it has the published counts and ratings, whatever the lines' order."""
-    found = len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)
+    """The table itself; InputError unless it has the published counts and ratings in any order."""
+    found = [len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)]
     *expected, digest, _ = PUBLISHED[name]
-    if found != tuple(expected):
+    if found != expected:
         raise InputError(
             "{} users, {} items, {} ratings instead of {}, {}, {}".format(*found, *expected)
         )
@@ -785,7 +785,7 @@ def check_published(name, table):
 
 
 def download(name):
-    """Bytes of GroupLens' zip. The timeout bounds each silence, the deadline a trickle."""
+    """Bytes of GroupLens' zip. The timeout bounds each pause, the deadline the whole download."""
     end = time.monotonic() + DEADLINE
     data = b""
     with urllib.request.urlopen(GROUPLENS.format(name), timeout=SILENCE) as answer:
@@ -797,7 +797,7 @@ def download(name):
 
 
 def download_wheel(wheel):
-    """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the index and proxy."""
+    """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the user's index and proxy."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", wheel]
         command += ["--no-deps", "--only-binary=:all:", "--dest", folder]
@@ -822,7 +822,7 @@ def read_movielens(name, data_dir):
 
 
 def fetch_movielens(name, data_dir=None, cache=None):
-    """Table of ml-100k or ml-1m: from data_dir alone if given, else the first good source."""
+    """Table of ml-100k or ml-1m: from data_dir if given, else from the first source that works."""
     if data_dir is not None:
         return read_movielens(name, data_dir)
     kept = cache_folder(cache) / f"{name}.zip"
@@ -847,8 +847,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
             http.client.HTTPException,
             subprocess.SubprocessError,
         ) as error:
-            reason = normalize_text(str(error))[:200] or type(error).__name__
-            announce(f"{name}: left {source}: {reason}")
+            announce(f"{name}: skipped {source}: {reason_of(error)}")
     else:
         raise InputError(
             f"no source answers; download {name}.zip from grouplens.org, "
@@ -865,7 +864,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
 
 # ------------------------------------------------ toy
 
-# What a shop sells: a taste, and the words that say so in the title of every such product.
+# What the toy shop sells: taste -> the words in the title of every product for that taste.
 TASTES = {
     "Coffee": "Coffee Maker",
     "Camping": "Camping Tent",
@@ -877,30 +876,31 @@ TASTES = {
     "Garden": "Garden Chair",
 }
 BESTSELLER = "Bestseller"
-PER_TASTE = 15  # products
-BESTSELLERS = 16
-DETAILS = 8  # words that follow in a title
-DETAIL_WORDS = 300  # from which they are drawn
+PER_TASTE = 15  # products for each taste
+BESTSELLERS = 16  # products that everybody buys
+DETAILS = 8  # invented words that follow in a title
+DETAIL_WORDS = 300  # the vocabulary that they are drawn from
 REGULARS = 250  # users with 12 to 24 purchases
 VISITORS = 250  # users with 5 purchases: too few to train on
-PERSONAL = 0.85  # of what a user buys is drawn by taste, the rest from the bestsellers
+PERSONAL = 0.85  # share of a user's purchases drawn by taste; the rest are bestsellers
 
 
 def toy_table(seed):
     """An invented shop and users who buy for known reasons -> (Table, planted).
 
-    In "Zorvana Coffee Maker sofa mili ... (1987)" the first word, the brand, names the product; all
-    that follows it follows from the prefix, as in real product titles. A user has two of eight
-    tastes: 85% of the purchases are drawn by taste, so their first word depends on the history;
-    15% are bestsellers, drawn alike for everybody. Visitors are there to be ranked for, not
-    trained on: leave-one-out takes their last two purchases.
+    In "Zorvana Coffee Maker sofa mili ... (1987)" the first word, the brand, is the product's own,
+    so the prefix determines all later words, as in real product titles. A user has two of eight
+    tastes: 85% of purchases are drawn by taste, so their first word depends on the history; 15%
+    are bestsellers, drawn alike for everybody. Visitors are evaluated but not trained on: of their
+    five purchases, three are history and leave-one-out takes the other two.
+
     planted["words"][item]: "taste" or "bias" for each word of the quoted title; a word's further
     tokens and EOS are bias. planted["tastes"][user id]: the user's two tastes.
     """
     random = np.random.default_rng(seed)
     kinds = np.repeat([*TASTES, BESTSELLER], [PER_TASTE] * len(TASTES) + [BESTSELLERS])
     titles = toy_titles(kinds, random)
-    frequency = np.zeros(len(kinds))  # within a kind, some products sell better, whoever buys
+    frequency = np.zeros(len(kinds))  # within a kind, some products sell better, to all users
     for kind in [*TASTES, BESTSELLER]:
         share = 1 / np.arange(3, 3 + (kinds == kind).sum())
         frequency[kinds == kind] = share / share.sum()
@@ -909,26 +909,28 @@ def toy_table(seed):
     tastes = {}
     for user in range(REGULARS + VISITORS):
         tastes[str(user)] = random.choice(list(TASTES), 2, replace=False).tolist()
-        wanted = np.isin(kinds, tastes[str(user)]) * PERSONAL / 2
-        chance = frequency * (wanted + (kinds == BESTSELLER) * (1 - PERSONAL))
-        many = random.integers(12, 25) if user < REGULARS else MIN_POSITIVES
-        bought = random.choice(len(kinds), many, replace=False, p=chance)
-        moments = random.integers(10**6) + random.integers(1, 20_000, many).cumsum()
-        for item, moment in zip(bought, moments):
-            ratings.append((str(user), str(item), 4.0, float(moment)))
-    words = [
-        ["bias" if kind == BESTSELLER else "taste"] + ["bias"] * (DETAILS + 3) for kind in kinds
-    ]
+        by_taste = np.isin(kinds, tastes[str(user)]) * PERSONAL / 2
+        by_sales = (kinds == BESTSELLER) * (1 - PERSONAL)
+        n = random.integers(12, 25) if user < REGULARS else MIN_POSITIVES
+        bought = random.choice(len(kinds), n, replace=False, p=frequency * (by_taste + by_sales))
+        timestamps = random.integers(10**6) + random.integers(1, 20_000, n).cumsum()
+        for item, timestamp in zip(bought, timestamps):
+            ratings.append((str(user), str(item), 4.0, float(timestamp)))
+    words = []
+    for kind in kinds:
+        first = "bias" if kind == BESTSELLER else "taste"
+        words.append([first] + ["bias"] * (2 + DETAILS + 1))  # two for the kind, details, year
     genres = {str(i): (str(kind),) for i, kind in enumerate(kinds)}
     return Table(titles, genres, ratings), {"words": words, "tastes": tastes}
 
 
 def toy_titles(kinds, random):
-    """{item id: title}: a brand of its own, what it is, and details drawn for it alone."""
+    """{item id: title}: a brand of its own, words for its kind, random details and a year."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
     def invent(n, length):
-        words = {}  # keeps its order, as a set would not
+        """n different words of `length` syllables."""
+        words = {}  # a dict keeps its order, unlike a set
         while len(words) < n:
             words["".join(random.choice(syllables, length))] = None
         return list(words)
@@ -937,9 +939,9 @@ def toy_titles(kinds, random):
     details = invent(DETAIL_WORDS, 2)
     titles = {}
     for i, (brand, kind) in enumerate(zip(brands, kinds)):
-        follows = " ".join(random.choice(details, DETAILS))
+        drawn = " ".join(random.choice(details, DETAILS))
         year = random.integers(1950, 2000)
-        titles[str(i)] = f"{brand.capitalize()} {TASTES.get(kind, 'Gift Card')} {follows} ({year})"
+        titles[str(i)] = f"{brand.capitalize()} {TASTES.get(kind, 'Gift Card')} {drawn} ({year})"
     return titles
 
 
@@ -949,63 +951,65 @@ def toy_titles(kinds, random):
 def order_positives(ratings, index, min_rating, seed):
     """{user id: [(seconds, item)]} oldest first; each item once, at its first time.
 
-    Ties in time are broken by a seeded hash: item ids and file order carry popularity, and
-    would leak it.
+    Ties in time are broken by a seeded hash: the order of item ids or lines would leak popularity.
     """
     found = {}
-    for user, item, stars, moment in ratings:
-        if stars >= min_rating:
+    for user, item, rating, timestamp in ratings:
+        if rating >= min_rating:
             key = f"{seed}\t{user}\t{item}".encode()
             tie_breaker = hashlib.blake2b(key, digest_size=8).digest()
-            found.setdefault(user, []).append((moment, tie_breaker, index[item]))
+            found.setdefault(user, []).append((timestamp, tie_breaker, index[item]))
     positives = {}
     for user in sorted(found, key=natural_sort_key):
         first = {}
-        for moment, _, item in sorted(found[user]):
-            first.setdefault(item, moment)
-        positives[user] = [(moment, item) for item, moment in first.items()]
+        for timestamp, _, item in sorted(found[user]):
+            first.setdefault(item, timestamp)
+        positives[user] = [(timestamp, item) for item, timestamp in first.items()]
     return positives
 
 
 def split_windows(positives, split, history):
-    """positives: a list of (seconds, item) for each user -> [train, valid, test] of Window."""
+    """positives: a list of (seconds, item) for each user -> lists of windows: train, valid, test.
+
+    Split by time, the earliest 80% of the targets are for training and the next 10% for validation.
+    """
     parts = [], [], []
-    moments = []
+    timestamps = []
     for sequence in positives:
-        moments += [moment for moment, _ in sequence[MIN_HISTORY:]]
-    moments.sort()
-    # Equal times fall on the same side of a cut.
-    cuts = [moments[len(moments) * tenths // 10] for tenths in (8, 9)]
+        timestamps += [timestamp for timestamp, _ in sequence[MIN_HISTORY:]]
+    timestamps.sort()
+    # Times where the next part begins: targets at the same time fall into the same part.
+    cuts = [timestamps[len(timestamps) * tenths // 10] for tenths in (8, 9)]
     for user, sequence in enumerate(positives):
         items = tuple(item for _, item in sequence)
         for t in range(MIN_HISTORY, len(items)):
             if split == "time":
                 part = sum(sequence[t][0] >= cut for cut in cuts)
             else:
-                part = max(0, t + 3 - len(items))
+                part = max(0, t + 3 - len(items))  # 2 for the last target, 1 for the one before
             parts[part].append(Window(user, items, history_start(t, history), t))
     return parts
 
 
 def count_ties(sequences):
-    """Shares of positives at the time of the one before: (of all, of the users' last ones)."""
+    """(share of positives at the same time as the previous one, the same of users' last ones)."""
     ties = []
     last = []
     for sequence in sequences:
-        moments = [moment for moment, _ in sequence]
-        tied = [before == after for before, after in zip(moments, moments[1:])]
+        timestamps = [timestamp for timestamp, _ in sequence]
+        tied = [before == after for before, after in zip(timestamps, timestamps[1:])]
         ties += tied
         last.append(tied[-1])
     return round(sum(ties) / len(ties), 4), round(sum(last) / len(last), 4)
 
 
 def from_table(name, table, split, history, min_rating, seed, planted=None):
-    """Dataset of a Table that has its domain."""
+    """Dataset from a Table whose domain is set."""
     names = {item: "" for _, item, _, _ in table.ratings} | table.titles
     titles, genres, index, stats = merge_titles(names, table.genres, table.domain == "movies")
-    everyone = order_positives(table.ratings, index, min_rating, seed)
+    positives = order_positives(table.ratings, index, min_rating, seed)
     users = {}
-    for user, sequence in everyone.items():
+    for user, sequence in positives.items():
         if len(sequence) >= MIN_POSITIVES:
             users[user] = sequence
     if not users:
@@ -1017,7 +1021,7 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
     dropped = f"targets dropped, under {MIN_HISTORY} positives before them"
     stats |= {
         "ratings": len(table.ratings),
-        "positives": sum(map(len, everyone.values())),
+        "positives": sum(map(len, positives.values())),
         "users": len(users),
         f"users dropped, under {MIN_POSITIVES} positives": raters - len(users),
         dropped: MIN_HISTORY * len(users),
@@ -1025,53 +1029,58 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
         "users whose last positive is tied": last_tied,
         "split": split,
     }
-    facts = name, table.domain, titles, genres, list(users)
     parts = split_windows(users.values(), split, history)
-    return build_dataset(facts, parts, stats, index, planted)
+    users = list(users)
+    return build_dataset(name, table.domain, titles, genres, users, parts, stats, index, planted)
 
 
 def share_items(rows, users, index):
-    """Windows of rows (seconds, user id, [item ids, the target last]), sorted by user and time.
+    """Windows from rows (seconds, user id, [item ids, the target last]), sorted by user and time.
 
-    Where a user's window extends the one before, they share one tuple, and so can share a tree.
+    If a window extends the user's one before it, they share one tuple, and so can share a tree.
     """
+    rows = sorted(rows, key=lambda row: (users[row[1]], row[0]))
     windows = []
-    last = Window(-1, (), 0, 0)
-    for _, user, ids in sorted(rows, key=lambda row: (users[row[1]], row[0]))[::-1]:
+    later = Window(-1, (), 0, 0)
+    # Backwards, so that the longest of such windows comes first.
+    for _, user, ids in reversed(rows):
         items = tuple(index[item] for item in ids)
-        if last.user == users[user] and last.items[: len(items)] == items:
-            items = last.items
-        last = Window(users[user], items, 0, len(ids) - 1)
-        windows.append(last)
-    return windows[::-1]
+        if later.user == users[user] and later.items[: len(items)] == items:
+            items = later.items
+        later = Window(users[user], items, 0, len(ids) - 1)
+        windows.append(later)
+    windows.reverse()
+    return windows
 
 
 def hold_out(rows):
     """Rows of windows -> (the earlier ones, the latest tenth), equal times together.
 
-    Where all the late ones are of one time, a tenth is drawn by a hash of what they hold.
+    If that left no earlier ones, a tenth is drawn instead, by a hash of the rows.
     """
-    moments = sorted(row[0] for row in rows)
-    cut = moments[len(moments) * 9 // 10] if moments else 0
-    if moments and cut == moments[0]:
+    if not rows:
+        return [], []
+    timestamps = sorted(row[0] for row in rows)
+    cut = timestamps[len(timestamps) * 9 // 10]
+    if cut == timestamps[0]:
         order = sorted(rows, key=lambda row: hashlib.sha256(repr(row).encode()).digest())
-        drawn = order[: max(1, len(order) // 10)]
-        return order[len(drawn) :], drawn
+        n = max(1, len(order) // 10)
+        return order[n:], order[:n]
     return [row for row in rows if row[0] < cut], [row for row in rows if row[0] >= cut]
 
 
 def from_windows(name, domain, rows, names, source):
-    """Dataset of windows as they stand. rows: train, test and maybe valid -> parsed rows.
+    """Dataset of windows as given. rows: {part: parsed rows} for train, test and maybe valid.
 
-    source: the file of the titles, for messages. Without valid, the latest tenth of train
-    validates, equal times together.
+    names: {item id: title}. source: the titles' file, for messages. Without valid, the latest
+    tenth of train becomes valid.
     """
     everything = rows["train"] + rows.get("valid", []) + rows["test"]
-    touched = {}
+    used = {}
     for _, _, ids in everything:
-        touched.update(dict.fromkeys(ids, ""))
-    check_titles(touched, names, source)
-    titles, genres, index, stats = merge_titles(touched | names, {}, domain == "movies")
+        used.update(dict.fromkeys(ids, ""))
+    check_titles(used, names, source)
+    titles, genres, index, stats = merge_titles(used | names, {}, domain == "movies")
     ordered = sorted({user for _, user, _ in everything}, key=natural_sort_key)
     users = {user: i for i, user in enumerate(ordered)}
     split = "as given"
@@ -1081,11 +1090,11 @@ def from_windows(name, domain, rows, names, source):
         rows = {"train": train, "valid": valid, "test": rows["test"]}
     parts = [share_items(rows[part], users, index) for part in SPLITS]
     stats |= {"users": len(users), "split": split}
-    return build_dataset((name, domain, titles, genres, ordered), parts, stats, index)
+    return build_dataset(name, domain, titles, genres, ordered, parts, stats, index)
 
 
 def from_csv(folder, domain=None):
-    """Dataset of train.csv, test.csv and maybe valid.csv, or folders train, test of one CSV each.
+    """Dataset from train.csv, test.csv and maybe valid.csv, or from folders with one CSV each.
 
     Titles are in id2name4Rec.json (MSL, BEAR, BIGRec) or in the CSV (D3, MiniOneRec).
     """
@@ -1114,16 +1123,16 @@ def from_csv(folder, domain=None):
 
 
 def find_csv(folder):
-    """{"train": path of train.csv or of the only CSV in folder train, ...} of those there are.
+    """{part: path} of train.csv or of the only CSV in the folder train, and so on, if they exist.
 
-    What others call val or validation is valid.
+    val and validation are other names for valid.
     """
     found = {}
     for name in (*SPLITS, "val", "validation"):
         part = "valid" if name.startswith("val") else name
-        inside = sorted((folder / name).glob("*.csv"))
         if part in found:
             continue
+        inside = sorted((folder / name).glob("*.csv"))
         if (folder / f"{name}.csv").is_file():
             found[part] = folder / f"{name}.csv"
         elif len(inside) == 1:
@@ -1135,52 +1144,51 @@ def find_csv(folder):
 
 
 def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
-    """Dataset of NAME.train.inter, NAME.valid.inter, NAME.test.inter and NAME.item."""
-    wanted = [f"{stem}.{part}.inter" for part in SPLITS] + [f"{stem}.item"]
+    """Dataset from NAME.train.inter, NAME.valid.inter, NAME.test.inter and NAME.item."""
+    items = f"{stem}.item"
+    interactions = [f"{stem}.{part}.inter" for part in SPLITS]
+    wanted = [*interactions, items]
     files = read_files(folder, wanted)
     missing = [name for name in wanted if name not in files]
     if missing:
         raise InputError(f"{' and '.join(missing)} is missing")
-    items = f"{stem}.item"
     titles, genres = parse_items(files[items], items)
     domain = domain or find_domain(files[items], items, genres) or domain_of(stem)
     source = f"{items} has the fields {', '.join(field_types(files[items], items))}"
-    if "item_id_list" in field_types(files[wanted[0]], wanted[0]):
+    train = interactions[0]
+    if "item_id_list" in field_types(files[train], train):
         rows = {}
-        for part, name in zip(SPLITS, wanted):
+        for part, name in zip(SPLITS, interactions):
             rows[part] = parse_sessions(files[name], name)
         return from_windows(stem, domain, rows, titles, source)
-    ratings = [parse_ratings(files[name], name) for name in wanted[:3]]
+    ratings = [parse_ratings(files[name], name) for name in interactions]
     check_titles({row[1] for part in ratings for row in part}, titles, source)
     return from_split_ratings(stem, domain, ratings, titles, genres, history, min_rating, seed)
 
 
 def from_split_ratings(name, domain, ratings, titles, genres, history, min_rating, seed):
-    """Dataset of ratings in three parts: a user's positives of one part follow those before it."""
+    """Dataset from the ratings of train, valid and test, which follow each other for every user."""
     everything = ratings[0] + ratings[1] + ratings[2]
-    touched = {row[1] for row in everything}
-    titles, kinds, index, stats = merge_titles(
-        dict.fromkeys(touched, "") | titles, genres, domain == "movies"
-    )
+    names = dict.fromkeys({row[1] for row in everything}, "") | titles
+    titles, genres, index, stats = merge_titles(names, genres, domain == "movies")
     ordered = [order_positives(rows, index, min_rating, seed) for rows in ratings]
     users = sorted(set().union(*ordered), key=natural_sort_key)
     parts = [], [], []
-    for user, identity in enumerate(users):
+    for user, user_id in enumerate(users):
         origin = {}  # item -> its part, in the order of the user's history
         for part, positives in enumerate(ordered):
-            for _, item in positives.get(identity, ()):
+            for _, item in positives.get(user_id, ()):
                 origin.setdefault(item, part)
         items = tuple(origin)
         for t in range(MIN_HISTORY, len(items)):
             window = Window(user, items, history_start(t, history), t)
             parts[origin[items[t]]].append(window)
     stats |= {"ratings": len(everything), "users": len(users), "split": "as given"}
-    return build_dataset((name, domain, titles, kinds, users), parts, stats, index)
+    return build_dataset(name, domain, titles, genres, users, parts, stats, index)
 
 
-def build_dataset(facts, parts, stats, index, planted=None):
-    """Check, count and hash the windows. facts: name, domain, titles, genres, users."""
-    name, domain, titles, genres, users = facts
+def build_dataset(name, domain, titles, genres, users, parts, stats, index, planted=None):
+    """Check, count and hash the windows. parts: train, valid, test. index: {item id: item}."""
     digest = hashlib.sha256(json.dumps([titles, genres]).encode())
     last = None
     for split, windows in zip(SPLITS, parts):
@@ -1193,24 +1201,36 @@ def build_dataset(facts, parts, stats, index, planted=None):
         stats[f"{split} windows"] = len(windows)
         stats[f"{split} windows a user"] = round(len(windows) / len(active), 2)
         for user, items, start, stop in windows:
+            # A tuple that windows share is hashed once.
             digest.update(repr((user, items if items is not last else "", start, stop)).encode())
             last = items
+    train, valid, test = parts
     known = set()
-    for window in parts[0]:
+    for window in train:
         known.update(window.items[window.start : window.stop + 1])
-    stats["test targets never in training"] = sum(w.items[w.stop] not in known for w in parts[2])
-    stats["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in parts[2])
+    stats["test targets never in training"] = sum(w.items[w.stop] not in known for w in test)
+    stats["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in test)
     ids = {}
-    for identity, item in index.items():
-        ids.setdefault(item, identity)
+    for item_id, item in index.items():
+        ids.setdefault(item, item_id)
     return Dataset(
-        *(name, domain, titles, genres, users, *parts, stats, planted, digest.hexdigest()),
+        name=name,
+        domain=domain,
+        titles=titles,
+        genres=genres,
+        users=users,
+        train=train,
+        valid=valid,
+        test=test,
+        stats=stats,
+        planted=planted,
+        digest=digest.hexdigest(),
         ids=list(ids.values()),
     )
 
 
 def domain_of(text):
-    """The domain that a whole word of a name tells: 'Office', not 'officer'; else items."""
+    """The domain that a whole word of `text` names ('Office', but not 'officer'), else items."""
     words = set(re.findall(r"[a-z]+", text.lower()))
     for domain in DOMAINS:
         if domain in words or domain.rstrip("s") in words or f"{domain}s" in words:
@@ -1230,10 +1250,12 @@ def load_dataset(
 ):
     """Dataset 'toy', 'ml-100k', 'ml-1m' or a folder. Anything wrong is an InputError.
 
-    A folder holds files of GroupLens, RecBole (whole or split) or CSV (MSL, D3, MiniOneRec).
-    data_dir: folder or zip with MovieLens, instead of fetching it. cache: keeps what was fetched.
-    seed: makes toy, and breaks ties in time. domain: key of DOMAINS, instead of what the files
-    tell. CSV folders come as windows: split, history, min_rating do not apply.
+    A folder holds files of GroupLens or RecBole (whole or split), or CSV (MSL, D3, MiniOneRec).
+    CSV holds windows, to which split, history and min_rating do not apply.
+    data_dir: a folder or zip with MovieLens, to use instead of a download.
+    cache: the folder that keeps downloads.
+    seed: generates toy, and breaks ties in time.
+    domain: key of DOMAINS, overrides what the files imply.
     """
     if split not in ("leave-one-out", "time"):
         raise InputError(f"--split {split}: choose leave-one-out or time")
@@ -1251,22 +1273,22 @@ def load_dataset(
         if name in PUBLISHED:
             table = fetch_movielens(name, data_dir, cache)
             return from_table(name, table._replace(domain=domain or "movies"), *options)
-        return load_folder(Path(name).resolve(), options, domain)
+        return load_folder(Path(name).resolve(), *options, domain)
     except (InputError, OSError) as error:
         raise InputError(f"--dataset {name}: {error}") from None
 
 
-def load_folder(folder, options, domain):
-    """Dataset of a folder, whose files tell their format. options: of `from_table`."""
+def load_folder(folder, split, history, min_rating, seed, domain):
+    """Dataset from a folder, in the format that the names of its files imply."""
     if find_csv(folder) or (folder / NAMES_FILE).is_file():
         return from_csv(folder, domain)
     stem = min((path.stem for path in folder.glob("*.inter")), default=folder.name)
     whole = re.sub(r"\.(train|valid|test)$", "", stem)
     if whole != stem and not (folder / f"{whole}.inter").is_file():
-        return from_recbole_splits(folder, whole, *options[1:], domain)
+        return from_recbole_splits(folder, whole, history, min_rating, seed, domain)
     table = read_table(folder, whole)
     domain = domain or table.domain or domain_of(f"{folder.name} {whole}")
-    return from_table(whole, table._replace(domain=domain), *options)
+    return from_table(whole, table._replace(domain=domain), split, history, min_rating, seed)
 
 
 # ------------------------------------------------ tokeniser and trie
