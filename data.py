@@ -4,7 +4,7 @@ These terms are used in all modules:
     item      index into Dataset.titles; ids in the source that share a title are one item
     positive  a rating of at least --min-rating; a user's positives are sorted by time
     window    one prediction for a user: the target items[stop] from the history items[start:stop]
-    split     a user's last positive is for testing, the one before for validation (or by time)
+    split     a user's last positive is for testing, the one before for validation (or --split time)
     H         --history: a history has H to 2H - 1 items, or fewer if the user has no more
     segment   the part of the prompt that a token belongs to: BOS, TEMPLATE, USER, TITLE or PAD
     legal     a token is legal after a title prefix if some title continues with it
@@ -24,7 +24,7 @@ class Window(NamedTuple):
 
 
 def history_start(stop, history):
-    """Where the history of target `stop` starts, to hold H to 2H - 1 items, or all if fewer.
+    """Where the history of target `stop` starts: it has H to 2H - 1 items, or all if fewer.
 
     Consecutive targets share their start, so that one tree can hold them all (our choice).
     """
@@ -44,7 +44,7 @@ MARKER = "\n### Response:\n"
 
 
 class Prompts(NamedTuple):
-    """The pieces of all prompts, encoded separately so that no token spans two of them."""
+    """The pieces of all prompts as token ids, encoded separately: no token spans two of them."""
 
     bos: list  # [] if the tokeniser has no BOS
     task: list
@@ -90,7 +90,6 @@ import functools
 import hashlib
 import heapq
 import html
-import http.client
 import io
 import json
 import logging
@@ -106,6 +105,7 @@ import unicodedata
 import urllib.request
 import zipfile
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -194,9 +194,10 @@ NO_YEAR = {text.lower() for text in EMPTY} | {"0"}
 # "(1984)" and pandas' "1984.0" are years without a title, but "1984" may be a title.
 YEAR_ALONE = re.compile(r"[(\[] ?\d{4} ?[)\]]|\d{4}\.0+")
 ARTICLES = "The|An?|Il|I|Lo|La|Les?|L'|Gli|El|Los|Las|Un[ae]?|Der|Die|Das|Eine?|Det|Den|Het|De|En|O"
+# "(Grand bleu, Le)" or "(a.k.a. Grand bleu, Le)", and "Big Blue, The" before a bracket or the end.
 INNER_ARTICLE = re.compile(rf"\(((?:(?i:a\.?k\.?a\.?):? )?)([^()]+), ({ARTICLES})\)")
 LAST_ARTICLE = re.compile(rf"^(.+?), ({ARTICLES})(?= *(?:\(|$))")
-# Before ", Die" or ", I", these mean that the word is an English verb or pronoun, not an article.
+# Before ", Die" or ", I", these show an English verb or pronoun rather than an article.
 ENGLISH = re.compile(
     r",|\b(?:and|or|to|the|of|you|me|we|they|let|live|will|must|never|not)\b", re.I
 )
@@ -273,7 +274,7 @@ def merge_titles(names, genres, movie=False):
 def check_titles(used, titles, source):
     """InputError if most of the item ids in use have no title: the files do not belong together.
 
-    used: ids that occur in users' data. titles: {id: title}. source: of the titles, for messages.
+    used: ids that have interactions. titles: {id: title}. source: the titles', for messages.
     """
     missing = [item_id for item_id in used if not clean_title(titles.get(item_id, ""))]
     if 2 * len(missing) <= len(used):
@@ -282,12 +283,12 @@ def check_titles(used, titles, source):
     empty = [item_id for item_id in missing if item_id in titles]
     if 2 * len(empty) > len(missing):
         raise InputError(
-            f"{len(empty)} of {len(used)} items that users touched have no title, such as "
+            f"{len(empty)} of {len(used)} items with interactions have no title, such as "
             f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the title field"
         )
     known = ", ".join(map(repr, list(titles)[:3]))
     raise InputError(
-        f"{len(missing)} of {len(used)} items that users touched have no title, such as "
+        f"{len(missing)} of {len(used)} items with interactions have no title, such as "
         f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
         "give both files the same ids"
     )
@@ -332,7 +333,7 @@ TITLE_FIELDS = {  # in order of preference -> the domain that the name implies
     "product_name": None,
     "name": None,
 }
-# Fields of a .inter file that hold a preference, the first found is used; their case is ignored.
+# Fields of a .inter file that hold a preference: the first found is used, whatever its case.
 RATING_FIELDS = "rating", "ratings", "score", "stars"
 LABEL_FIELDS = "label", "click", "is_click"
 GENRE_FIELDS = "class", "genre", "genres", "categories", "category", "type"
@@ -445,7 +446,7 @@ def records(data, name, needed):
             fields = [field_name(value) for value in values]
             if not set(needed) <= set(fields):
                 raise InputError(
-                    f"{place}: should name the fields {', '.join(needed)}, and names "
+                    f"{place}: should name the fields {', '.join(needed)}, but names "
                     f"{normalize_text(', '.join(fields))[:200]}"
                 )
         elif len(values) == len(fields):
@@ -770,7 +771,7 @@ def read_table(source, stem):
 
 
 def check_published(name, table):
-    """The table itself; InputError unless it has the published counts and ratings in any order."""
+    """The table itself; InputError unless counts and ratings, in any order, are as published."""
     found = [len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)]
     *expected, digest, _ = PUBLISHED[name]
     if found != expected:
@@ -833,26 +834,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
     if name == "ml-100k":
         wheel = functools.partial(download_wheel, RECBOLE_WHEEL)
         sources[f"PyPI wheel {RECBOLE_WHEEL}"] = wheel
-    for source, fetch in sources.items():
-        announce(f"{name}: reading {source}")
-        try:
-            data = fetch()
-            if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][-1]:
-                raise InputError(f"{len(data)} bytes of another sha256 than the published archive")
-            table = check_published(name, read_table(io.BytesIO(data), name))
-            break
-        except (
-            InputError,
-            OSError,
-            http.client.HTTPException,
-            subprocess.SubprocessError,
-        ) as error:
-            announce(f"{name}: skipped {source}: {reason_of(error)}")
-    else:
-        raise InputError(
-            f"no source answers; download {name}.zip from grouplens.org, "
-            f"then pass --data-dir {name}.zip"
-        )
+    source, data, table = read_first(name, sources)
     if source != str(kept):
         try:
             write_atomic(kept, data)
@@ -860,6 +842,23 @@ def fetch_movielens(name, data_dir=None, cache=None):
             reason = error.strerror
             announce(f"{name}: {kept} cannot be written ({reason}), going on without a cache")
     return table
+
+
+def read_first(name, sources):
+    """(source, its bytes, Table) of the first of the `sources` {source: function} that works."""
+    for source, fetch in sources.items():
+        announce(f"{name}: reading {source}")
+        try:
+            data = fetch()
+            if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][-1]:
+                raise InputError(f"{len(data)} bytes of another sha256 than the published archive")
+            return source, data, check_published(name, read_table(io.BytesIO(data), name))
+        except (InputError, OSError, HTTPException, subprocess.SubprocessError) as error:
+            announce(f"{name}: skipped {source}: {reason_of(error)}")
+    raise InputError(
+        f"no source answers; download {name}.zip from grouplens.org, "
+        f"then pass --data-dir {name}.zip"
+    )
 
 
 # ------------------------------------------------ toy
@@ -900,7 +899,7 @@ def toy_table(seed):
     random = np.random.default_rng(seed)
     kinds = np.repeat([*TASTES, BESTSELLER], [PER_TASTE] * len(TASTES) + [BESTSELLERS])
     titles = toy_titles(kinds, random)
-    frequency = np.zeros(len(kinds))  # within a kind, some products sell better, to all users
+    frequency = np.zeros(len(kinds))  # within a kind, some products sell better than others
     for kind in [*TASTES, BESTSELLER]:
         share = 1 / np.arange(3, 3 + (kinds == kind).sum())
         frequency[kinds == kind] = share / share.sum()
@@ -984,7 +983,7 @@ def split_windows(positives, split, history):
         items = tuple(item for _, item in sequence)
         for t in range(MIN_HISTORY, len(items)):
             if split == "time":
-                part = sum(sequence[t][0] >= cut for cut in cuts)
+                part = sum(sequence[t][0] >= cut for cut in cuts)  # how many cuts are passed
             else:
                 part = max(0, t + 3 - len(items))  # 2 for the last target, 1 for the one before
             parts[part].append(Window(user, items, history_start(t, history), t))
@@ -1037,7 +1036,7 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
 def share_items(rows, users, index):
     """Windows from rows (seconds, user id, [item ids, the target last]), sorted by user and time.
 
-    If a window extends the user's one before it, they share one tuple, and so can share a tree.
+    Windows of a user that extend each other share one tuple, so that they can share a tree.
     """
     rows = sorted(rows, key=lambda row: (users[row[1]], row[0]))
     windows = []
@@ -1056,7 +1055,7 @@ def share_items(rows, users, index):
 def hold_out(rows):
     """Rows of windows -> (the earlier ones, the latest tenth), equal times together.
 
-    If that left no earlier ones, a tenth is drawn instead, by a hash of the rows.
+    If that would leave no earlier ones, a tenth is drawn instead, by a hash of the rows.
     """
     if not rows:
         return [], []
@@ -1167,7 +1166,7 @@ def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
 
 
 def from_split_ratings(name, domain, ratings, titles, genres, history, min_rating, seed):
-    """Dataset from the ratings of train, valid and test, which follow each other for every user."""
+    """Dataset from the ratings of three parts: a user's history is train, then valid, then test."""
     everything = ratings[0] + ratings[1] + ratings[2]
     names = dict.fromkeys({row[1] for row in everything}, "") | titles
     titles, genres, index, stats = merge_titles(names, genres, domain == "movies")
@@ -1316,8 +1315,8 @@ def tiny_tokenizer(dataset):
     texts += [task_text(dataset), MARKER] * 200
     tokenizer = Tokenizer(BPE())
     words = Split(Regex(r" ?[^ ]+| +"), "isolated")
-    letters = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = Sequence([words, letters])
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([words, byte_level])
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
@@ -1447,7 +1446,7 @@ def piece_encoder(tokenizer):
 
 
 def describe_items(dataset):
-    """[id and title of an item], as messages name it."""
+    """item -> its id and title, as messages name it."""
     ids = dataset.ids or range(len(dataset.titles))
     return [f"{item_id} ({title[:60]!r})" for item_id, title in zip(ids, dataset.titles)]
 
@@ -1561,7 +1560,7 @@ def by_shared_prefix(windows):
     groups = []
     last = None
     for i, window in enumerate(windows):
-        shared = (window.user, window.start, id(window.items))
+        shared = (window.user, window.start, id(window.items))  # one tuple, not an equal one
         if shared != last:
             groups.append([])
         groups[-1].append(i)
@@ -1596,6 +1595,7 @@ def ancestor_mask(parent):
     B, T = parent.shape
     mask = np.zeros((B, T, T), dtype=bool)
     for t in range(T):
+        # A node attends to all that its parent attends to, and to itself.
         mask[:, t] = mask[np.arange(B), parent[:, t]]
         mask[:, t, t] = True
     return mask
@@ -1628,7 +1628,7 @@ def collate(trees, device="cpu"):
     branching = any(map(is_branching, trees))
     T = max(len(tree.ids) for tree in trees)
     if branching:
-        # oneDNN compiles a kernel for each new shape; multiples of 16 make these fewer.
+        # oneDNN compiles a kernel for each new shape; rounded up to 16, shapes are fewer.
         T = math.ceil(T / 16) * 16
 
     def pad(name):
@@ -1704,7 +1704,7 @@ def logits_at(model, row, column, **inputs):
 
 
 def embeds_inputs(model, ids, embeds):
-    """The model's inputs to read embeds (B, T, D) instead of the embeddings of ids (B, T).
+    """Model inputs that put embeds (B, T, D) in place of the embeddings of ids (B, T).
 
     Gemma 3n also looks up embeddings of the ids for every layer: those stay as they are.
     """
@@ -1736,7 +1736,7 @@ def flat_ranges(count):
 
 
 def legal_tokens(batch, trie):
-    """`legal_continuations` of N targets, flat -> (owner (C,), token (C,), chosen (N,)).
+    """`legal_continuations` of N targets, flattened -> (owner (C,), token (C,), chosen (N,)).
 
     Continuation j is token[j] for target owner[j]; chosen[n] is the j of target n's own token.
     """
@@ -1814,7 +1814,7 @@ TINY = {
 
 
 def tiny_model(vocabulary):
-    """A Llama of 2.1 million parameters, seeded.
+    """A Llama of 2.1 million parameters with random weights from a fixed seed.
 
     Three layers of width 192 learn as well as four of width 128, and train faster on CPU.
     """
@@ -1866,7 +1866,7 @@ def load_model(name, cache=None):
             # Falcon cannot switch attention later, and only eager has forward-mode derivatives.
             model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # files of others can make it raise anything
+    except Exception as error:  # a foreign checkpoint can raise anything
         raise InputError(
             f"--model {name}: cannot be loaded ({reason_of(error)}); "
             "give tiny, smollm2-135m, a Hub id or a folder"
@@ -1902,8 +1902,8 @@ def check_model(name, model, tokenizer, missing=()):
         ) from None
     if reads:
         raise InputError(
-            f"--model {name}: reads the tokens beside their embeddings, which attribution could "
-            "not move; choose another model"
+            f"--model {name}: reads token ids as well as their embeddings, which are all that "
+            "attribution can change; choose another model"
         )
     if ahead:
         raise InputError(
