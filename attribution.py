@@ -20,7 +20,7 @@ FLOOR = 0.5  # c, nats: without it a token that is all but certain divides two t
 
 
 def path_ends(model, batch, segment):
-    """(E, E - baseline on the segment's tokens and 0 elsewhere), (B, T, D) each.
+    """Embeddings E, and E - baseline on the segment's tokens but 0 elsewhere; (B, T, D) each.
 
     The baseline is the mean of what the embedding layer returns over its vocabulary.
     """
@@ -31,19 +31,19 @@ def path_ends(model, batch, segment):
 
 
 def segment_gradient(model, batch, segment, points=POINTS, trie=None):
-    """A_S of every target token in nats, (N,): the integral of d log p / ds, midpoint rule.
+    """A_S of every target token in nats, (N,): the integral of d log p / ds by the midpoint rule.
 
     The path moves the embeddings of S from the baseline (s = 0) to their own values (s = 1), all
     else fixed. One forward-mode pass gives d log p / ds of EVERY target token; reverse mode would
     need one backward per token. With a trie, p is over legal continuations.
     """
     E, delta = path_ends(model, batch, segment)
-    legal = trie and legal_tokens(batch, trie)
+    legal = None if trie is None else legal_tokens(batch, trie)
     total = 0
     for j in range(points):
         s = (j + 0.5) / points
         with forward_ad.dual_level(), FastForwardAD():
-            dual = forward_ad.make_dual(E - (1 - s) * delta, delta)  # the embeddings at s, moving
+            dual = forward_ad.make_dual(E - (1 - s) * delta, delta)  # (E at s, dE / ds)
             logits, tangent = forward_ad.unpack_dual(target_logits(model, batch, embeds=dual))
         total = total + log_prob_derivative(logits, tangent, batch.label, legal)  # (N,)
     return total / points
@@ -59,10 +59,10 @@ def ratio(aux, user, floor=FLOOR):
 
 
 def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
-    """Relevance r (N,) of every target token of a batch: of trees, or of a `plain_batch`. In fp32.
+    """Relevance r (N,) of every target token of a batch, which holds trees or is a `plain_batch`.
 
-    method "ablation" takes the path's ends alone, "probability" r = p(y_t | a, y_<t), no history.
-    With a trie, log p is over legal continuations, else over the vocabulary.
+    method: "ablation" compares the ends of the path; "probability" is r = p(y_t | a, y_<t), without
+    the history. With a trie, log p is over legal continuations, else over the vocabulary.
     """
     check_targets(model, batch, trie)
     with scoring(model):
@@ -100,15 +100,15 @@ def cut(r, weight, n_groups):
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
-    mass = np.bincount(index, weights=weight[known])  # of every different value
-    # No value is split: one heavier than an equal share counts as one share when the rest is cut.
+    mass = np.bincount(index, weights=weight[known])  # the weight of each distinct r
+    # No r is split over groups: one heavier than an equal share counts as one share in the cut.
     size = mass.sum() / n_groups
     large = np.zeros(len(mass), bool)
     while len(values) >= n_groups and (mass[~large] > size).any():
         large = mass > size
         size = mass[~large].sum() / (n_groups - large.sum())
     capped = np.minimum(mass, size)
-    # A value belongs to the group into which the middle of its weight falls.
+    # Each r belongs to the group into which the middle of its weight falls.
     middle = (np.cumsum(capped) - capped / 2) / capped.sum()
     group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
@@ -157,23 +157,25 @@ from data import (
 def ablations(model, batch, segments, tries=(None,)):
     """log p - log p with a segment at the baseline -> (len(tries), len(segments), N) nats.
 
-    This is what `segment_gradient` tends to with more points (Feature Ablation). The forwards are
-    shared: one as it is and one a segment, whatever the number of softmaxes in `tries`.
+    This is Feature Ablation, to which `segment_gradient` tends with more points. tries: a trie for
+    each softmax that is wanted, None for the one over the vocabulary; they share the forwards.
     """
-    legal = [trie and legal_tokens(batch, trie) for trie in tries]
+    legal = [None if trie is None else legal_tokens(batch, trie) for trie in tries]
 
     def log_probs(embeds):  # (B, T, D) -> (len(tries), N)
         logits = target_logits(model, batch, embeds)  # (N, V)
         return torch.stack([label_log_prob(logits, batch.label, tokens) for tokens in legal])
 
-    E, _ = path_ends(model, batch, ())
-    own = log_probs(E)
-    without = [log_probs(E - path_ends(model, batch, segment)[1]) for segment in segments]
-    return torch.stack([own - ablated for ablated in without], dim=1)
+    own = log_probs(model.get_input_embeddings()(batch.ids))
+    changes = []
+    for segment in segments:
+        E, delta = path_ends(model, batch, segment)
+        changes.append(own - log_probs(E - delta))
+    return torch.stack(changes, dim=1)
 
 
 def mean_embedding(embedding):
-    """Mean over the vocabulary of what the embedding layer returns, (D,): some layers scale it."""
+    """Mean of the embedding layer's output over the vocabulary, (D,): some scale their weight."""
     weight = embedding.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = 0
@@ -184,7 +186,7 @@ def mean_embedding(embedding):
 
 @contextlib.contextmanager
 def scoring(model):
-    """Inside, evaluation mode and no gradient graph."""
+    """Inside, the model is in evaluation mode and no gradient graph is built."""
     training = model.training
     model.eval()
     try:
@@ -196,13 +198,13 @@ def scoring(model):
 
 @contextlib.contextmanager
 def forward_mode(model):
-    """`scoring` without fused kernels, which have no forward mode."""
+    """`scoring` without fused kernels, which have no forward-mode derivative."""
     with scoring(model), attention(model, "eager"), experts(model, "eager"):
         yield
 
 
 def has_derivative(model, prompts, windows, device="cpu"):
-    """Can the model be asked for `segment_gradient`? Tried on one prompt."""
+    """Whether `segment_gradient` works with this model, tried on one prompt."""
     batch = collate(build_trees(prompts, windows[:1]), device)
     try:
         with forward_mode(model):
@@ -213,22 +215,22 @@ def has_derivative(model, prompts, windows, device="cpu"):
 
 
 class FastForwardAD(TorchFunctionMode):
-    """Forward mode through linear layers and softmax without PyTorch's detours.
+    """Forward mode through linear layers and softmax at less cost than PyTorch's own rules.
 
-    PyTorch takes a third matrix product, for the weight's zero tangent, and more exponentials.
+    Those take a third matrix product, for the weight's zero tangent, and more exponentials.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in (torch.nn.functional.linear, torch.nn.functional.softmax):
             x, tangent = forward_ad.unpack_dual(args[0])
-            if tangent is not None and function is torch.nn.functional.linear:
-                return forward_ad.make_dual(function(x, *args[1:]), function(tangent, args[1]))
             if tangent is not None:
-                p = function(x, *args[1:], **kwargs)
-                return forward_ad.make_dual(
-                    p, p * (tangent - (p * tangent).sum(kwargs["dim"], keepdim=True))
-                )
+                y = function(x, *args[1:], **kwargs)
+                if function is torch.nn.functional.linear:
+                    change = function(tangent, args[1])  # by the weight alone, without the bias
+                else:
+                    change = y * (tangent - (y * tangent).sum(kwargs["dim"], keepdim=True))
+                return forward_ad.make_dual(y, change)
         return function(*args, **kwargs)
 
 
@@ -251,13 +253,12 @@ def log_prob_derivative(logits, tangent, label, legal=None):
         return (logits.softmax(-1) * (own - tangent)).sum(-1)  # the label's own term is 0
     owner, token, _ = legal
     p = log_softmax_over(logits, owner, token).exp()  # (C,)
-    return torch.zeros_like(own[:, 0]).index_add(
-        0, owner, p * (own[owner, 0] - tangent[owner, token])
-    )
+    terms = p * (own[owner, 0] - tangent[owner, token])  # (C,)
+    return torch.zeros_like(own[:, 0]).index_add(0, owner, terms)
 
 
 def check_targets(model, batch, trie):
-    """Refuse target tokens that the trie does not allow, and prompts beyond a model's window."""
+    """Refuse target tokens that the trie does not allow, and prompts beyond the model's window."""
     if trie is not None and len(legal_tokens(batch, trie)[2]) < len(batch.label):
         raise InputError("labels: a target token is no legal continuation of its title `item`")
     longest = int(batch.position.max()) + 1
@@ -269,14 +270,14 @@ def check_targets(model, batch, trie):
 
 
 def prior_probability(model, batch, trie=None):
-    """p(y_t | a, y_<t) of every target token, (N,): the user's tokens are out of sight."""
-    legal = trie and legal_tokens(batch, trie)
+    """p(y_t | a, y_<t) of every target token, (N,): the user's tokens are hidden."""
+    legal = None if trie is None else legal_tokens(batch, trie)
     logits = target_logits(model, without_user(batch))  # (N, V)
     return label_log_prob(logits, batch.label, legal).cpu().double().exp().numpy()
 
 
 def segment_attributions(model, batch, method="gradient", tries=(None,), points=POINTS):
-    """A_aux and A_user of each softmax in `tries`, nats -> (2 * len(tries), N)."""
+    """A_aux and A_user in nats for each of `tries` (see `ablations`) -> (2 * len(tries), N)."""
     segments = AUXILIARY, (USER,)
     if method == "ablation":
         return ablations(model, batch, segments, tries).flatten(0, 1)
@@ -288,8 +289,9 @@ def segment_attributions(model, batch, method="gradient", tries=(None,), points=
 def of_all_targets(measure, model, trees, device="cpu", note=None):
     """[*measure(batch), item, place, window] of all trees' target tokens, each (N,) numpy.
 
-    measure returns a list of tensors or arrays (N,). note: the name of the progress bar. Under
-    torchrun all ranks call it, share the trees out, and get all tokens: in no particular order.
+    measure returns a list of tensors or arrays (N,). note: the name of the progress bar, if there
+    is to be one. Under torchrun all ranks must call it; they share the trees out, and each gets all
+    target tokens, in no particular order.
     """
 
     def measure_some(trees):
@@ -309,17 +311,16 @@ def of_all_targets(measure, model, trees, device="cpu", note=None):
 def attributions(
     model, trees, method="gradient", tries=(None,), points=POINTS, device="cpu", note="attribution"
 ):
-    """(A_aux, A_user of each softmax in `tries`, item, place, window), each (N,) numpy, in fp32."""
+    """[A_aux, A_user of each of `tries`, then item, place, window] of all targets, each (N,)."""
 
     def measure(batch):
-        A = segment_attributions(model, batch, method, tries, points)
-        return A.cpu().double()
+        return segment_attributions(model, batch, method, tries, points).cpu().double()
 
     return of_all_targets(measure, model, trees, device, note)
 
 
 def log_probs_of(model, prompts, trees, device="cpu"):
-    """(log p over legal continuations, over the vocabulary, item, place) of targets, each (N,)."""
+    """[log p over legal continuations, over the vocabulary, item, place] of targets, each (N,)."""
 
     def measure(batch):
         logits = target_logits(model, batch)  # (N, V)
@@ -343,32 +344,33 @@ def cut_groups(r, windows, n_groups):
 
 
 def sample_windows(windows, seed):
-    """Windows that have every target of `windows` once or more, in the same order.
+    """Some of `windows`, in their order, among whose targets are all those of `windows`.
 
-    Whole trees are taken, the one with most titles that are still wanted first, ties in a seeded
-    order: their shared prefixes are paid for once, and few trees cover the catalogue.
+    Takes whole trees, always the one with the most targets that are still missing, ties in a seeded
+    order: few trees cover the catalogue, and a shared prefix is paid for once.
     """
     groups = by_shared_prefix(windows)
-    target = [w.items[w.stop] for w in windows]
-    targets = [set(map(target.__getitem__, group)) for group in groups]
+    targets = []
+    for group in groups:
+        targets.append({windows[i].items[windows[i].stop] for i in group})
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     queue = [(-len(targets[g]), place, g) for place, g in enumerate(order)]
     heapq.heapify(queue)
     covered = set()
     chosen = []
     while queue:
-        expected, place, g = heapq.heappop(queue)
+        cost, place, g = heapq.heappop(queue)
         gain = len(targets[g] - covered)
-        if gain == -expected:
+        if gain == -cost:
             covered |= targets[g]
             chosen += groups[g]
-        elif gain:  # others have taken some of its titles since: it waits for its turn
+        elif gain:  # fewer than when it was queued, since others have covered some: back it goes
             heapq.heappush(queue, (-gain, place, g))
     return [windows[i] for i in sorted(chosen)]
 
 
 def mean_by_place(values, item, place, prompts):
-    """Means of values (N,) by title and place in the title -> (items, L), NaN where none is."""
+    """Means of values (N,) by title and place in it -> (items, L), NaN where there are none."""
     shape = (len(prompts.titles), prompts.trie.path.shape[1] - 1)
     total = np.zeros(shape)
     count = np.zeros(shape)
@@ -387,9 +389,9 @@ def plain_batch(
 
     labels: the token itself where it is a target, else -100, not shifted, as transformers has them.
     is_user: true at the tokens of the user's history. Rows may be padded at either end
-    (attention_mask 0), or hold several prompts, each of which starts at position 0: a token sees
-    its own prompt alone. bos: this token is never moved to the baseline. item: for relevance over a
-    trie, the number of its title at each target token; the targets are whole titles with EOS.
+    (attention_mask 0), or hold several prompts, each of which starts at position 0 (position_ids)
+    and sees itself alone. bos: the token that is never moved to the baseline. item: for relevance
+    over a trie, each target token's title by number; the targets are then whole titles with EOS.
     """
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     position = (real.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids
@@ -401,10 +403,10 @@ def plain_batch(
     if bos is not None:
         segment = torch.where(input_ids == bos, BOS, segment)
     row, column = target.nonzero(as_tuple=True)  # (N,), (N,)
-    # Targets of the row up to here, and those of them that belong to earlier prompts.
-    so_far = target.cumsum(1)
+    # How many targets the row has up to each token, and how many of them in earlier prompts.
+    so_far = target.cumsum(1)  # (B, T)
     earlier = torch.where(position == 0, so_far, 0).cummax(1).values  # (B, T)
-    some = input_ids[real.bool()][-1]  # for padding, see data.collate
+    some = input_ids[real.bool()][-1]  # padding is a real token, for the reason in data.collate
     return Batch(
         ids=torch.where(real.bool(), input_ids, some),
         mask=own_prompt_mask(position, real.bool()),
@@ -420,7 +422,7 @@ def plain_batch(
 
 
 def own_prompt_mask(position, seen):
-    """(B, 1, T, T) additive: a token sees itself and its prompt's earlier ones in `seen` (B, T)."""
+    """Additive (B, 1, T, T): a token sees itself and, where `seen` (B, T), its prompt before it."""
     B, T = position.shape
     prompt = (position == 0).cumsum(1)  # (B, T) number of the prompt in its row
     visible = (prompt[:, :, None] == prompt[:, None, :]) & seen[:, None, :]  # (B, T, T)
@@ -431,7 +433,7 @@ def own_prompt_mask(position, seen):
 
 
 def without_user(batch):
-    """The same Batch with the user's tokens hidden and the positions after them closed up."""
+    """The same Batch with the user's tokens hidden and the gap in the positions closed up."""
     hidden = batch.segment == USER  # (B, T)
     if not hidden.any():
         return batch
@@ -441,7 +443,7 @@ def without_user(batch):
     mask = batch.mask
     if mask is None:
         mask = torch.full_like(itself, lowest, dtype=torch.float32).triu(1)[None, None]
-    gone = (mask[:, 0] == 0) & hidden[:, None] & ~itself  # (B, T, T) user tokens that it saw
+    gone = (mask[:, 0] == 0) & hidden[:, None] & ~itself  # (B, T, T) user tokens that a token saw
     return batch._replace(
         mask=torch.where(gone[:, None], lowest, mask),
         position=batch.position - gone.sum(-1),
@@ -458,12 +460,12 @@ def on_tokens(values, batch, empty):
 def with_group(collate, rows):
     """collate(rows), any data collator's batch, with `group` (B, T): -1 where there is no target.
 
-    A row's "group" has an id for each of its targets in order, or one a token with -1 elsewhere.
-    The ids go where `labels` are, so that the collator may pad or pack as it likes. Rows of an
-    evaluation have no "group", and their batch is left as it is.
+    A row's "group" holds one id for each of its targets, in order, or one for each token, -1 where
+    there is no target. The ids go where the batch's `labels` are, so the collator may pad or pack
+    as it likes. Rows for evaluation have no "group", and their batch is left as it is.
     """
     rest = [dict(row) for row in rows]
-    groups = [row.pop("group", None) for row in rest]  # one a row
+    groups = [row.pop("group", None) for row in rest]
     batch = collate(rest)
     if any(group is None for group in groups):
         return batch
@@ -483,7 +485,8 @@ def grouped_nll(model, inputs):
     """(NLL (N,) in nats, group (N,)) of the target tokens of a batch made by `with_group`."""
     if "group" not in inputs:
         raise InputError("group: not in the batch; set remove_unused_columns=False, use with_group")
-    inputs = dict(inputs, use_cache=False)  # with a cache, positions would not part packed prompts
+    # With a cache, transformers would not tell packed prompts apart by their positions.
+    inputs = dict(inputs, use_cache=False)
     labels = inputs.pop("labels")[:, 1:]  # (B, T - 1)
     group = inputs.pop("group")[:, 1:]  # (B, T - 1)
     target = labels != -100
@@ -495,7 +498,7 @@ def grouped_nll(model, inputs):
 
 # ---------------------------------------------------------------- will the method help here?
 
-DIAGNOSED = 200  # windows that the diagnosis reads at most
+DIAGNOSED = 200  # windows, at most, that the diagnosis reads
 
 
 def diagnose(model, prompts, windows, seed=0, device="cpu"):
@@ -512,9 +515,9 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
     legal, full, item, place = log_probs_of(model, prompts, trees, device)  # (N,) each
     alone = build_trees(prompts, without_history(windows))
     prior, _, title, _ = log_probs_of(model, prompts, alone, device)  # (M,) each
-    by_title = np.bincount(title, weights=prior)  # (items,)
+    by_title = np.bincount(title, weights=prior)  # log p(title | no history)
     without = np.mean([by_title[w.items[w.stop]] for w in windows])
-    continuations = np.diff(prompts.trie.first)  # of each node of the trie
+    continuations = np.diff(prompts.trie.first)  # how many each node of the trie has
     certain = continuations[prompts.trie.path[item, place]] == 1  # (N,)
     return {
         "user information": float(legal.sum() / len(windows) - without),
@@ -524,8 +527,8 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
 
 # ---------------------------------------------------------------- one prompt, token by token
 
-PATH_STEPS = 128  # Gauss-Legendre points of the path; gap on toy: 0.02% at 64, 5e-7 at 128
-CHUNK = 16  # prompts forwarded at once
+PATH_STEPS = 128  # Gauss-Legendre points of the path; the gap on toy is 0.02% at 64, 5e-7 at 128
+CHUNK = 16  # variants of the prompt that are forwarded at once
 
 
 def token_attribution(
@@ -533,10 +536,10 @@ def token_attribution(
 ):
     """Attribution in nats of each target token of one prompt to each of its input tokens -> dict.
 
-    'gradient': integrated gradients; all tokens but BOS move together from the mean embedding to
-    their own, so a row of values sums to log p(prompt) - log p(baseline) up to `gap`, the error of
-    the quadrature relative to that difference. 'ablation': log p - log p with that one token at the
-    baseline; a row need not sum to anything, and there is no gap.
+    'gradient': integrated gradients. All tokens but BOS move together from the mean embedding to
+    their own, so a row of values sums to log p(target | prompt) - log p(target | baseline), up to
+    `gap`, the relative error of the quadrature. 'ablation': log p - log p with that one token at
+    the baseline; a row need not sum to anything, and there is no gap.
 
     Keys: tokens [T], targets [N], log_prob [N], values [N][T], spans [{name, kind, start, end}],
     method, steps (points of the path), gap.
@@ -550,7 +553,7 @@ def token_attribution(
         row = torch.arange(R, device=device).repeat_interleave(N)
         inputs = embeds_inputs(model, one.ids.expand(R, -1), embeds)
         logits = logits_at(model, row, one.predict_at.repeat(R), use_cache=False, **inputs)
-        return logits.float().log_softmax(-1).gather(-1, one.label.repeat(R)[:, None]).view(R, N)
+        return label_log_prob(logits.float(), one.label.repeat(R)).view(R, N)
 
     gap = None
     with forward_mode(model):
@@ -562,9 +565,8 @@ def token_attribution(
             values = integrated(log_prob, N, E, delta, steps)
             change = (own - log_prob(E - delta))[0]  # (N,)
             gap = float((values.sum(1) - change).abs().sum() / change.abs().sum())
-    names = tokenizer.batch_decode([[token] for token in tree.ids.tolist()])
     return {
-        "tokens": names,
+        "tokens": tokenizer.batch_decode([[token] for token in tree.ids.tolist()]),
         "targets": tokenizer.batch_decode([[token] for token in tree.label.tolist()]),
         "log_prob": own[0].tolist(),
         "values": values.tolist(),
@@ -578,20 +580,22 @@ def token_attribution(
 def ablated(log_prob, own, E, delta):
     """(N, T): log p of each target less log p with one input token at the baseline E - delta."""
     columns = []
-    for inputs in torch.arange(E.shape[1], device=E.device).split(CHUNK):
-        without = E.repeat(len(inputs), 1, 1)  # (R, T, D)
-        without[torch.arange(len(inputs)), inputs] -= delta[0, inputs]
+    for tokens in torch.arange(E.shape[1], device=E.device).split(CHUNK):
+        without = E.repeat(len(tokens), 1, 1)  # (R, T, D), row i without token tokens[i]
+        without[torch.arange(len(tokens)), tokens] -= delta[0, tokens]
         columns.append((own - log_prob(without)).T)  # (N, R)
     return torch.cat(columns, dim=1)
 
 
 def integrated(log_prob, N, E, delta, steps):
-    """(N, T): each target's gradient along the path from E - delta to E, by Gauss and Legendre."""
+    """(N, T): each target's gradient integrated from E - delta to E, by Gauss-Legendre quadrature.
+
+    log_prob: embeddings (R, T, D) -> log p of the targets (R, N). steps: points of the path.
+    """
     values = torch.zeros(N, E.shape[1], device=E.device)
-    points, weights = (
-        torch.tensor(x / 2, dtype=E.dtype, device=E.device)
-        for x in np.polynomial.legendre.leggauss(steps)
-    )
+    # leggauss is for the interval [-1, 1]; the path from s = 0 to s = 1 is half as long.
+    rule = np.stack(np.polynomial.legendre.leggauss(steps)) / 2
+    points, weights = torch.tensor(rule, dtype=E.dtype, device=E.device)  # (steps,) each
     for s, weight in zip((points + 0.5).split(CHUNK), weights.split(CHUNK)):
         embeds = (E - (1 - s)[:, None, None] * delta).detach().requires_grad_()  # (R, T, D)
         with torch.enable_grad():
@@ -603,30 +607,27 @@ def integrated(log_prob, N, E, delta, steps):
 
 
 def prompt_spans(prompts, window, tree):
-    """The parts of a prompt: [{name, kind, start, end}].
+    """The parts of a prompt that hold tokens: [{name, kind, start, end}].
 
-    kind: bos, template, user (one item of the history) or title.
+    kind: bos, template, user (one item of the history, by whose number it is named) or title.
     """
-    spans = []
-    at = 0
-
-    def span(name, kind, length):
-        nonlocal at
-        if length:
-            spans.append({"name": name, "kind": kind, "start": at, "end": at + length})
-        at += length
-
-    span("BOS", "bos", len(prompts.bos))
-    span("task", "template", len(prompts.task))
+    parts = [("BOS", "bos", len(prompts.bos)), ("task", "template", len(prompts.task))]
     for item in window.items[window.start + tree.dropped : window.stop]:
-        span(item, "user", len(prompts.titles[item]) + len(prompts.separator))
-    span("response marker", "template", len(prompts.marker))
-    span("title prefix", "title", len(tree.ids) - at)
+        parts.append((item, "user", len(prompts.titles[item]) + len(prompts.separator)))
+    parts.append(("response marker", "template", len(prompts.marker)))
+    before = sum(length for _, _, length in parts)
+    parts.append(("title prefix", "title", len(tree.ids) - before))
+    spans = []
+    start = 0
+    for name, kind, length in parts:
+        if length:
+            spans.append({"name": name, "kind": kind, "start": start, "end": start + length})
+        start += length
     return spans
 
 
 def span_sums(record):
-    """(spans, N + 1) sums of a record's values over each span; last column: all target tokens."""
+    """Sums of a record's values over each span, (spans, N + 1); last column: over all targets."""
     values = np.array(record["values"])  # (N, T)
     sums = np.stack([values[:, s["start"] : s["end"]].sum(1) for s in record["spans"]])
     return np.concatenate([sums, sums.sum(1, keepdims=True)], 1)
@@ -636,7 +637,7 @@ def span_sums(record):
 
 
 def format_table(header, rows):
-    """Plain text table: the first column to the left, the rest to the right."""
+    """Plain text table: the first column aligned left, the rest right."""
     cells = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
@@ -650,20 +651,34 @@ def format_table(header, rows):
 
 
 def name_items(record, titles):
-    """Give the history spans their titles."""
+    """The same record with the titles of the history's items as names of their spans."""
     for s in record["spans"]:
         if s["kind"] == "user":
             s["name"] = titles[s["name"]]
     return record
 
 
+def span_table(record):
+    """(header, rows): a column for each target token; a row for each part of the prompt and sum."""
+    header = ("part of the prompt", *(t.strip() or repr(t) for t in record["targets"]), "all")
+    sums = span_sums(record)
+    rows = [(span["name"], *map("{:+.2f}".format, row)) for span, row in zip(record["spans"], sums)]
+    kind = np.array([span["kind"] for span in record["spans"]])
+    for name, kinds in (("auxiliary", ("template", "title")), ("user", ("user",))):
+        total = sums[np.isin(kind, kinds)].sum(0)
+        rows.append((f"= {name}", *map("{:+.2f}".format, total)))
+    log_p = record["log_prob"]
+    rows.append(("log p", *map("{:.2f}".format, [*log_p, sum(log_p)])))
+    return header, rows
+
+
 def choose_window(dataset, user=None, title=None):
-    """The user's last test window (default: the first user's), its target replaced by `title`."""
+    """The user's last test window (default: the first of all), its target replaced by `title`."""
     windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
     if not windows:
         raise InputError(
             f"--user {user}: no test window of this user; "
-            f"users are such as {', '.join(dataset.users[:5])}"
+            f"there are users such as {', '.join(dataset.users[:5])}"
         )
     window = windows[0] if user is None else windows[-1]
     if title is None:
@@ -713,37 +728,18 @@ def main(argv=None):
     places = args.cache, args.data_dir, args.dataset
     _, dataset, model, tokenizer, prompts = load_run(args.run, *places)
     window = choose_window(dataset, args.user, args.title)
-    record = name_items(
-        token_attribution(model, tokenizer, prompts, window, args.method, args.steps),
-        dataset.titles,
-    )
-    sums = span_sums(record)
-    rows = [(span["name"], *map("{:+.2f}".format, row)) for span, row in zip(record["spans"], sums)]
-    whole = np.array([span["kind"] for span in record["spans"]])
-    for name, kinds in (("auxiliary", ("template", "title")), ("user", ("user",))):
-        total = sums[np.isin(whole, kinds)].sum(0)
-        rows.append((f"= {name}", *map("{:+.2f}".format, total)))
-    rows.append(
-        ("log p", *(f"{x:.2f}" for x in record["log_prob"]), f"{sum(record['log_prob']):.2f}")
-    )
-    print(
-        f"user {dataset.users[window.user]}, title {dataset.titles[window.items[window.stop]]}: "
-        f"attribution by {args.method} in nats"
-    )
-    print(
-        format_table(
-            ("part of the prompt", *(t.strip() or repr(t) for t in record["targets"]), "all"), rows
-        )
-    )
+    record = token_attribution(model, tokenizer, prompts, window, args.method, args.steps)
+    record = name_items(record, dataset.titles)
+    user = dataset.users[window.user]
+    title = dataset.titles[window.items[window.stop]]
+    print(f"user {user}, title {title}: attribution by {args.method} in nats")
+    print(format_table(*span_table(record)))
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")
     if args.html:
         from report import PAGE
 
-        title = (
-            f"{dataset.titles[window.items[window.stop]]}, for user {dataset.users[window.user]}"
-        )
-        write_atomic(args.html, PAGE.render(title=title, record=record))
+        write_atomic(args.html, PAGE.render(title=f"{title}, for user {user}", record=record))
         print(f"page: {args.html}")
 
 
