@@ -124,15 +124,15 @@ from data import (
 
 
 class RadixTrie(NamedTuple):
-    """The title trie of R nodes: where titles branch or end. Node 0 is the root.
+    """The title trie with only the R nodes where titles branch or end. Node 0 is the root.
 
-    An edge is the chain of tokens from one such node to the next, which nothing can interrupt.
+    An edge is the chain of tokens from one such node to the next.
     """
 
     parent: torch.Tensor  # (R,) the root's is itself
     edge: torch.Tensor  # (R, E) tokens of the edge that leads to the node, zero-padded
-    length: torch.Tensor  # (R,) their number
-    depth: torch.Tensor  # (R,) tokens from the root
+    length: torch.Tensor  # (R,) number of these tokens
+    depth: torch.Tensor  # (R,) number of tokens from the root to here
     item: torch.Tensor  # (R,) item whose title ends here, with EOS; -1 where titles branch
     first: torch.Tensor  # (R + 1,) the children of node m are first[m] .. first[m + 1] - 1
 
@@ -140,7 +140,7 @@ class RadixTrie(NamedTuple):
 def compress(trie, device="cpu"):
     """Trie -> RadixTrie, numbered breadth first, so that the children of a node are neighbours."""
     children = np.split(trie.child, trie.first[1:-1])
-    ends = [0]  # node of the trie at which each edge ends; grows while it is read
+    ends = [0]  # node of the trie at which each edge ends; the loop reads it while it grows
     edges = [[]]
     parent = [0]
     depth = [0]
@@ -166,14 +166,14 @@ def compress(trie, device="cpu"):
 
 
 class Ranking(NamedTuple):
-    """Lists of n windows, and how likely the model thought their targets: one forward tells both.
+    """Ranked lists of n windows, and the NLL of their targets, for which one forward serves.
 
     NLLs are in nats, of the target's tokens up to EOS; NaN beyond.
     """
 
     items: np.ndarray  # (n, k) best first, -1 where the catalogue has no more
     scores: np.ndarray  # (n, k) sum of token log-probabilities, -inf beyond
-    forwarded: np.ndarray  # (n,) prefixes the search forwarded
+    forwarded: np.ndarray  # (n,) number of prefixes that the search forwarded
     nll: np.ndarray  # (n, L) over the vocabulary
     legal_nll: np.ndarray  # (n, L) over legal continuations
 
@@ -202,14 +202,14 @@ def rank(
     device="cpu",
     seen=None,
 ):
-    """The exact top k titles for each window by sum of token log-probabilities -> Ranking. Ours.
+    """The exact top k titles for each window by sum of token log-probabilities -> Ranking.
 
     It lists what rank_by_definition lists, for about `rows` windows at once; neighbours that share
-    a prefix share a tree. Each round forwards the `width` best open prefixes of each window; a
-    window is done when none of them beats its k-th best complete title: exact for every width. Seen
-    titles compete as prefixes and are dropped when complete, unless keep_seen. seen: tuples of
-    items, else the user's positives before the target. softmax: over legal continuations ('trie')
-    or the vocabulary ('full'). NaN is an InputError.
+    a prefix share a tree. Each round forwards the `width` best open prefixes of each window, which
+    is done when none of them beats its k-th best complete title: the list is exact for any width.
+    Seen titles compete as prefixes and are dropped when complete, unless keep_seen. seen: a tuple
+    of items for each window, by default the user's positives before the target. softmax: over legal
+    continuations ('trie') or the vocabulary ('full'). NaN is an InputError.
     """
     radix = compress(prompts.trie, device)
     trees = build_trees(prompts, windows)
@@ -228,23 +228,21 @@ def rank(
         token = batch.window.cpu().numpy(), batch.place.cpu().numpy()  # (N,) each
         found.nll[token], found.legal_nll[token] = target_nlls(reader.logits, batch, prompts.trie)
 
-        first = batch.place == 0  # the title's first token, once a window: there a search begins
-        chosen = batch.window[first].tolist()
+        first = batch.place == 0  # each window's first target token: there its search begins
+        chosen = batch.window[first].tolist()  # B windows
         allowed = unseen_titles(radix, [seen[i] for i in chosen])
-        score, count = search(reader, reader.logits[first], allowed, n_listed, width)
-        best, node = score.topk(n_listed, dim=1)  # (B, n_listed)
-        listed = torch.where(best > -torch.inf, radix.item[node], -1)
-        found.items[chosen, :n_listed] = listed.cpu().numpy()
-        found.scores[chosen, :n_listed] = best.cpu().double().numpy()
-        found.forwarded[chosen] = count.cpu().numpy()
+        items, scores, count = best_titles(reader, reader.logits[first], allowed, n_listed, width)
+        found.items[chosen, :n_listed] = items
+        found.scores[chosen, :n_listed] = scores
+        found.forwarded[chosen] = count
     return found
 
 
 def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
-    """`rank`, the windows shared out between ranks and laid so that they share trees.
+    """`rank`, with a user's windows side by side, so that they share trees, and split over ranks.
 
-    Windows of a user may stand anywhere, such as one in validation and one in test. All ranks call
-    it and get the same Ranking; one process may as well. options: those of `rank`.
+    Under torchrun all ranks must call it, and all get the same Ranking, in the order of `windows`.
+    options: those of `rank`.
     """
     order = np.array(sorted(range(len(windows)), key=lambda i: windows[i].user))
     by_user = [windows[i] for i in order]
@@ -262,7 +260,7 @@ def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
 
 
 def by_windows(trees, rows):
-    """Indices of trees in batches of at most `rows` windows, or of one tree, by length."""
+    """Indices of trees in batches of at most `rows` windows, or of one tree; short trees first."""
     batch = []
     size = 0
     for i in sorted(range(len(trees)), key=lambda i: len(trees[i].ids)):
@@ -290,7 +288,7 @@ def target_nlls(logits, batch, trie):
 
 
 def unseen_titles(radix, seen):
-    """(B, R) bool: the nodes whose titles may enter the list of a user who has seen these items."""
+    """(B, R) bool: the nodes whose titles may be listed for users who have seen these items."""
     allowed = (radix.item >= 0).repeat(len(seen), 1)
     for row, items in zip(allowed, seen):
         items = torch.tensor(items, dtype=torch.long, device=radix.item.device)
@@ -298,25 +296,33 @@ def unseen_titles(radix, seen):
     return allowed
 
 
-def search(reader, logits, allowed, k, width):
-    """Best-first search for B prompts -> (scores (B, R) of allowed titles, else -inf; count (B,)).
+def best_titles(reader, logits, allowed, k, width):
+    """The k best allowed titles of B prompts -> (items, scores (B, k), edges read (B,)), numpy."""
+    score, count = search(reader, logits, allowed, k, width)
+    best, node = score.topk(k, dim=1)  # (B, k)
+    items = torch.where(best > -torch.inf, reader.radix.item[node], -1)
+    return items.cpu().numpy(), best.cpu().double().numpy(), count.cpu().numpy()
 
-    logits (B, V): after the prompts, which `reader` has read. allowed: (B, R).
+
+def search(reader, logits, allowed, k, width):
+    """Best-first search for B prompts -> (scores of titles (B, R), number of edges read (B,)).
+
+    logits (B, V): after the prompts, which `reader` has read. allowed: (B, R). The k best allowed
+    titles have their exact scores; a title that is not allowed or was not reached has -inf.
 
     score[b, m] is the log-probability of the path to node m: exact once the edge to m is read, an
     upper bound before. Under 'trie' it is exact at once, since the rest of an edge is certain.
-    count: edges that were read.
     """
     B, R = allowed.shape
     radix = reader.radix
     softmax = reader.softmax
     feed = reader.feed
     leaf = radix.item >= 0
-    openable = ~leaf | (feed > 0)  # (R,) there is something to learn from the edge to this node
+    openable = feed > 0  # (R,) reading the edge to this node tells something
     result = torch.full((B, R), -torch.inf, device=leaf.device)
     count = torch.zeros(B, dtype=torch.long, device=leaf.device)
     alive = torch.arange(B, device=leaf.device)  # prompts that are still searched
-    read = torch.zeros_like(allowed)  # edges that are read
+    read = torch.zeros_like(allowed)  # whether the edge to each node has been read
     read[:, 0] = True
     score = result.clone()
     score[:, 0] = 0
@@ -329,8 +335,12 @@ def search(reader, logits, allowed, k, width):
             result[alive[~active]] = final[~active]
             if not active.any():
                 return result, count
-            kept = (x[active] for x in (alive, score, read, allowed, pick, useful))
-            alive, score, read, allowed, pick, useful = kept
+            alive = alive[active]
+            score = score[active]
+            read = read[active]
+            allowed = allowed[active]
+            pick = pick[active]
+            useful = useful[active]
             reader.keep(active)
 
         row, place = useful.nonzero(as_tuple=True)
@@ -354,10 +364,10 @@ def best_open(score, unread, final, k, width):
 
 
 def tokens_to_read(radix, softmax):
-    """(R,) tokens to forward to read an edge: never EOS, after which nothing is asked.
+    """How many tokens of each edge the search forwards, (R,): never EOS, which nothing follows.
 
-    Under 'trie' an edge that completes a title tells nothing: its first token has been scored, and
-    the rest is certain.
+    Under 'trie' an edge that completes a title is not read at all: its first token has been scored,
+    and the rest is certain.
     """
     leaf = radix.item >= 0
     feed = radix.length - leaf.long()
@@ -365,9 +375,9 @@ def tokens_to_read(radix, softmax):
 
 
 def add_children(score, row, node, logits, radix, softmax):
-    """Give the children of each node (n,) of a prompt `row` (n,) their scores, from logits (n, V).
+    """Score the children of each node (n,) of a prompt `row` (n,) by the logits (n, V) after it.
 
-    A child's score is its parent's and the log-probability of the first token of its edge.
+    A child's score is its parent's plus the log-probability of the first token of its edge.
     """
     owner, offset = flat_ranges(radix.first[node + 1] - radix.first[node])  # (children,)
     child = radix.first[node][owner] + offset
@@ -382,16 +392,16 @@ def add_children(score, row, node, logits, radix, softmax):
 def add_rest_of_edges(score, row, node, logits, radix, feed):
     """Add each edge's tokens after the first to the scores -> logits (n, V) at the edges' ends.
 
-    logits (tokens read, V): each token of an edge predicts the next one of the same edge.
+    logits (M, V): after each of the M tokens that were read, which predicts the edge's next one.
     """
-    owner, offset = flat_ranges(feed[node])
-    inner = offset + 1 < radix.length[node[owner]]
-    edge = node[owner[inner]]
-    following = radix.edge[edge, offset[inner] + 1]
+    owner, offset = flat_ranges(feed[node])  # (M,)
+    edge = node[owner]  # (M,)
+    inner = offset + 1 < radix.length[edge]  # whether the edge goes on after this token
+    following = radix.edge[edge[inner], offset[inner] + 1]
     log_p = logits[inner].float().log_softmax(-1)
     value = log_p.gather(-1, following[:, None])[:, 0]
-    score.index_put_((row[owner[inner]], edge), value, accumulate=True)
-    return logits[offset == feed[node][owner] - 1]
+    score.index_put_((row[owner[inner]], edge[inner]), value, accumulate=True)
+    return logits[offset == feed[edge] - 1]
 
 
 class EdgeTokens(NamedTuple):
@@ -417,16 +427,18 @@ def prompt_columns(batch):
         on_path = torch.arange(batch.ids.shape[1], device=row.device) <= end[:, None]  # (B, T)
     else:
         on_path = batch.mask[row, 0, end] == 0
-    column = on_path.sort(dim=1, descending=True, stable=True).indices
-    inside = torch.arange(column.shape[1], device=row.device) < on_path.sum(1, keepdim=True)
-    return row, torch.where(inside, column, -1)[:, : int(on_path.sum(1).max())]
+    # A stable sort puts the columns on the path first and leaves them in order.
+    column = on_path.sort(dim=1, descending=True, stable=True).indices  # (B, T)
+    length = on_path.sum(1)  # (B,)
+    inside = torch.arange(column.shape[1], device=row.device) < length[:, None]
+    return row, torch.where(inside, column, -1)[:, : int(length.max())]
 
 
 class CachedPrompts:
     """B prompts in a KV cache that is only appended to; edges are forwarded as their branches.
 
-    logits (N, V): of the batch's target tokens. A token of an edge sees its prompt, the path to the
-    node above and its own edge so far. The cache holds P columns of prompts, then C of edges.
+    A token of an edge sees its prompt, the path to the node above and its own edge so far. The
+    cache holds P columns of prompts, then C of edges. logits (N, V): of the batch's target tokens.
     """
 
     def __init__(self, model, batch, radix, softmax):
@@ -437,13 +449,13 @@ class CachedPrompts:
         self.cache = whole_cache(model)
         self.logits = target_logits(model, batch, cache=self.cache)
         row, column = prompt_columns(batch)  # (B,), (B, P)
-        self.prompt = column >= 0  # (B, P) not padding
+        self.prompt = column >= 0  # (B, P) whether a column is the prompt's, not padding
         self.start = self.prompt.sum(1)  # (B,) position of a title's first token
         take_columns(self.cache, row, column)
         B = len(row)
-        # Which edge column holds the last token before the children of a node; -1: not read.
+        # The edge column of the last token on the way to each node; -1 where it is not read.
         self.slot = torch.full((B, len(radix.parent)), -1, device=row.device)  # (B, R)
-        # Which edge columns each edge column sees: its ancestors and itself.
+        # Whether an edge column sees another: those of its ancestors and itself.
         self.sees = torch.zeros((B, 0, 0), dtype=torch.bool, device=row.device)  # (B, C, C)
 
     def keep(self, active):
@@ -458,11 +470,11 @@ class CachedPrompts:
         """The edges to the nodes (n,), as EdgeTokens in the rows of their prompts `row` (n,)."""
         length = self.feed[node]
         total = torch.zeros_like(self.start).index_add(0, row, length)  # (B,) new tokens of a row
-        before = (
-            length.cumsum(0) - length - (total.cumsum(0) - total)[row]
-        )  # (n,) edge's first column
+        before_edge = length.cumsum(0) - length  # (n,) new tokens in all edges before this one
+        before_row = total.cumsum(0) - total  # (B,) new tokens in all rows before this one
+        first = before_edge - before_row[row]  # (n,) the edge's first column in its row
         owner, offset = flat_ranges(length)  # (M,)
-        column = before[owner] + offset
+        column = first[owner] + offset
         last = offset == length[owner] - 1
         row = row[owner]
         node = node[owner]
@@ -476,7 +488,7 @@ class CachedPrompts:
         return EdgeTokens(ids, position, edge, row, column, last)
 
     def mask(self, tokens):
-        """(B, 1, S, P + C + S) additive mask of new tokens, whose columns are then known."""
+        """Additive mask (B, 1, S, P + C + S) of new tokens, which join the columns of edges."""
         B, C = self.sees.shape[:2]
         S = tokens.ids.shape[1]
         row = tokens.row
@@ -484,7 +496,7 @@ class CachedPrompts:
         last = tokens.last
         node = tokens.node[row, column]  # (M,)
         above = self.slot[row, self.radix.parent[node]]
-        below = above >= 0  # the others start at the root and see their prompt alone
+        below = above >= 0  # the other edges start at the root and see their prompt alone
         path = torch.zeros((B, S, C), dtype=torch.bool, device=row.device)
         path[row[below], column[below]] = self.sees[row[below], above[below]]
         same_edge = tokens.node[:, :, None] == tokens.node[:, None, :]
@@ -497,9 +509,9 @@ class CachedPrompts:
         return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
 
     def forward(self, row, node):
-        """Logits after the last token of the edges to `node` (n,), or after each under 'full'.
+        """Logits after the last token of each edge to `node` (n,), under 'full' after every token.
 
-        row: (n,) their prompts, which must rise.
+        row: (n,) their prompts, in ascending order.
         """
         tokens = self.lay_out(row, node)
         inputs = {"input_ids": tokens.ids, "position_ids": tokens.position}
@@ -509,7 +521,7 @@ class CachedPrompts:
 
 
 class SeparatePrompts:
-    """The same for models that follow no mask: each edge is forwarded after its whole prompt."""
+    """The same for models that ignore a mask: each edge is forwarded after its whole prompt."""
 
     def __init__(self, model, batch, radix, softmax):
         self.model = model
@@ -538,7 +550,7 @@ class SeparatePrompts:
         owner, offset = flat_ranges(length)
         read = offset >= (0 if self.softmax == "full" else length[owner] - 1)
         column = before[owner] + offset
-        # Padded behind, where nothing looks.
+        # The padding stands at the end, where no token sees it.
         ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         return logits_at(self.model, owner[read], column[read], input_ids=ids, use_cache=False)
 
@@ -547,7 +559,7 @@ class SeparatePrompts:
 
 
 def popularity_groups(count, titles, n_groups=GROUPS):
-    """(names, membership (items, G)): groups of equally many items, by count and then by title."""
+    """(names, membership (items, G)): groups of equally many items by count, ties by title."""
     order = sorted(range(len(titles)), key=lambda i: (count[i], titles[i]))
     group = np.empty(len(titles), dtype=int)
     group[order] = np.arange(len(titles)) * n_groups // len(titles)
@@ -556,9 +568,9 @@ def popularity_groups(count, titles, n_groups=GROUPS):
 
 
 def listed_groups(items, member):
-    """What each list shows of each group: items (..., K), membership (items, G) -> (..., G)."""
-    nothing = np.zeros((1, member.shape[1]))
-    return np.concatenate([member, nothing])[items].sum(-2)  # -1, no item, is the row of zeros
+    """How much of each group a list holds: items (..., K), membership (items, G) -> (..., G)."""
+    nothing = np.zeros((1, member.shape[1]))  # the last row, to which item -1 points
+    return np.concatenate([member, nothing])[items].sum(-2)
 
 
 def proportions(amounts):
@@ -576,10 +588,10 @@ NOTE = (
 
 
 def training_positives(dataset):
-    """(P, 2) pairs user, item: targets of the training windows and all positives before them.
+    """(P, 2) pairs of user and item: the targets of training windows and all positives before them.
 
-    A pair counts once although ten windows hold it as history: windows are views of one tuple, the
-    last of which sees furthest.
+    A pair counts once, however many windows have it in their history: a user's windows are views of
+    one tuple, and the last of them reaches furthest.
     """
     last = {(w.user, id(w.items)): w for w in dataset.train}
     pairs = {(w.user, item) for w in last.values() for item in w.items[: w.stop + 1]}
@@ -587,7 +599,7 @@ def training_positives(dataset):
 
 
 def genre_groups(genres):
-    """(names, membership (items, G)): an item of n genres counts 1/n in each, of none nowhere."""
+    """(names, membership (items, G)): an item of n genres counts 1/n in each of them."""
     names = sorted({name for kinds in genres for name in kinds})
     member = np.zeros((len(genres), len(names)))
     for row, kinds in zip(member, genres):
@@ -597,9 +609,9 @@ def genre_groups(genres):
 
 
 def item_groups(dataset):
-    """{"": popularity groups, "genre ": genres} -> (names, membership (items, G), GH (G,)).
+    """{"": popularity groups, "genre ": genres}, each (names, membership (items, G), GH (G,)).
 
-    GH: the groups' shares of the training positives, which are what fairness compares with.
+    GH: the groups' shares of the training positives, with which `fairness` compares the lists.
     """
     count = np.bincount(training_positives(dataset)[:, 1], minlength=len(dataset.titles))
     kinds = {"": popularity_groups(count, dataset.titles)}
@@ -628,7 +640,7 @@ def by_tercile(count, per_window):
 
 
 def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
-    """All that ranked lists tell: items, scores (n, K) -> (metrics, {"NDCG@10": (n,), ...})."""
+    """All metrics of ranked lists: items, scores (n, K) -> (metrics, {"NDCG@10": (n,), ...})."""
     targets = np.array([w.items[w.stop] for w in windows])
     per_window = accuracy(items, scores, targets, ks)
     metrics = {name: float(values.mean()) for name, values in per_window.items()}
@@ -638,7 +650,9 @@ def list_metrics(dataset, windows, items, scores, ks=(5, 10)):
         for k in ks:
             GP = proportions(listed_groups(items[:, :k], member).sum(0))
             shares[f"GP@{k}"] = GP.tolist()
-            metrics[f"{kind}MGU@{k}"], metrics[f"{kind}DGU@{k}"] = map(float, fairness(GP, GH))
+            MGU, DGU = fairness(GP, GH)
+            metrics[f"{kind}MGU@{k}"] = float(MGU)
+            metrics[f"{kind}DGU@{k}"] = float(DGU)
     for k in ks:
         metrics[f"coverage@{k}"] = len(np.setdiff1d(items[:, :k], [-1])) / len(dataset.titles)
     users, positives = training_positives(dataset).T
@@ -666,9 +680,9 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
 
 
 def token_nlls(model, prompts, trees, device="cpu"):
-    """NLL in nats of every target token -> (full, legal, item, place, window), each (N,) numpy.
+    """NLL in nats of every target token -> [full, legal, item, place, window], each (N,) numpy.
 
-    full, legal: see target_nlls. `rank` finds them as well, on its way.
+    full, legal: see target_nlls. Where a ranking is made, it holds them as well.
     """
 
     def measure(batch):
@@ -678,17 +692,17 @@ def token_nlls(model, prompts, trees, device="cpu"):
 
 
 def by_group(values, group, n_groups):
-    """Mean of values (N,) by group (N,) -> list of n_groups, None if empty; -1 counts nowhere."""
+    """Mean of values (N,) in each group (N,), None if it is empty; group -1 is left out."""
     members = [values[group == g] for g in range(n_groups)]
     return [float(some.mean()) if len(some) else None for some in members]
 
 
 def shuffle_histories(windows, seed):
-    """Each window with the history of another user's window and its own target.
+    """Each window with its own target and the history of another user's window.
 
-    It shows what personal information is worth. Every history is used once. Users stand in a seeded
-    order, their windows side by side, and histories move on by the largest number of windows a user
-    has: past all of the user's own, unless one user has more than half of the windows.
+    It shows what personal information is worth. Every history is used once. The users are put in a
+    seeded order with their windows side by side, and each history moves on by as many places as any
+    user has windows: to another user, unless one has more than half of all windows.
     """
     users, count = np.unique([w.user for w in windows], return_counts=True)
     place = {user: i for i, user in enumerate(np.random.default_rng(seed).permutation(users))}
@@ -704,9 +718,9 @@ def shuffle_histories(windows, seed):
 
 
 def auxiliary_shares(aux, user, place, group, n_groups):
-    """Auxiliary shares, as the audit reports them, of attributions (N,) at `place` (N,) in titles.
+    """The auxiliary shares that the audit reports: of all tokens, of the first, by place and group.
 
-    group: (N,), or None where there are no groups.
+    aux, user: attributions (N,); place: in the title (N,); group: (N,), or None without groups.
     """
 
     def share_of(inside):
@@ -723,8 +737,8 @@ def auxiliary_shares(aux, user, place, group, n_groups):
     return found
 
 
-AUDITED = 60  # windows the audit reads at most: its shares are then certain to about 0.022
-GRADIENT_EVERY = 6  # of these, for the gradient: it costs as much as 25 forwards
+AUDITED = 60  # windows, at most, that the audit reads: its shares are then certain to about 0.022
+GRADIENT_EVERY = 6  # one of so many is read by gradient, which costs as much as 25 forwards
 
 
 def audit(
@@ -742,15 +756,25 @@ def audit(
     """The bias audit on a sample of `windows` -> dict.
 
     ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
-    Auxiliary share over all tokens and first tokens, by group and by place in the title: by
-    ablation, with the softmax over the vocabulary ('ablation') and over legal continuations ('legal
-    ablation'), and by gradient on every sixth window, since it costs most; not at all where the
-    model has no forward-mode derivative. NDCG@10 lost when histories are shuffled between users
-    (seen titles stay the user's own).
+    It holds the auxiliary shares by each method (see `shares_by_method`), the NDCG@10 that is lost
+    when histories are shuffled between users, and the number of windows.
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows = [windows[i] for i in chosen]
-    result = {"windows": len(windows)}
+    shares = shares_by_method(model, prompts, windows, group, n_groups, device)
+    options = {"softmax": softmax, "keep_seen": keep_seen, "device": device}
+    lost = ndcg[chosen] - shuffled_ndcg(model, prompts, windows, seed, **options)  # (n,)
+    result = {"windows": len(windows)} | shares
+    return result | {"NDCG@10 lost by shuffled histories": float(lost.mean())}
+
+
+def shares_by_method(model, prompts, windows, group, n_groups, device="cpu"):
+    """{method: auxiliary_shares} of the windows' target tokens.
+
+    'ablation' has the softmax over the vocabulary, 'legal ablation' over legal continuations.
+    'gradient' is on every sixth window alone, since it costs most, and is left out where the model
+    has no forward-mode derivative.
+    """
 
     def measure(windows, method, softmaxes=(None,)):
         trees = build_trees(prompts, windows)
@@ -765,22 +789,29 @@ def audit(
     }
     if has_derivative(model, prompts, windows, device):
         measured["gradient"] = measure(windows[::GRADIENT_EVERY], "gradient")
-    for name, (aux, user, item, place, _) in measured.items():
+    shares = {}
+    for method, (aux, user, item, place, _) in measured.items():
         of_token = None if group is None else group[item, place]
-        result[name] = auxiliary_shares(aux, user, place, of_token, n_groups)
+        shares[method] = auxiliary_shares(aux, user, place, of_token, n_groups)
+    return shares
+
+
+def shuffled_ndcg(model, prompts, windows, seed=0, **options):
+    """NDCG@10 (n,) of the windows with other users' histories, but their own seen titles left out.
+
+    options: those of `rank`.
+    """
     shuffled = shuffle_histories(windows, seed)
     seen = [w.items[: w.stop] for w in windows]
-    options = {"softmax": softmax, "keep_seen": keep_seen, "device": device}
     ranking = rank_by_all(model, prompts, shuffled, 10, seen, **options)
-    lists = accuracy(ranking.items, ranking.scores, [w.items[w.stop] for w in windows])
-    lost = float((ndcg[chosen] - lists["NDCG@10"]).mean())
-    return result | {"NDCG@10 lost by shuffled histories": lost}
+    targets = [w.items[w.stop] for w in windows]
+    return accuracy(ranking.items, ranking.scores, targets)["NDCG@10"]
 
 
 def evaluate_model(model, prompts, dataset, windows, group, n_groups, **options):
     """All that a table shows of a model on `windows` -> (metrics, {name: (n,)}, Ranking).
 
-    group: (items, L) or None. options: softmax, keep_seen, device, see `rank`.
+    group: (items, L) or None. options: softmax, keep_seen and device of `rank`.
     """
     parts = {"": windows}
     return evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options)[""]
@@ -789,8 +820,8 @@ def evaluate_model(model, prompts, dataset, windows, group, n_groups, **options)
 def evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options):
     """evaluate_model of several lists of windows, {name: windows}, at once -> {name: its result}.
 
-    Validation and test windows of a user share most of their history, which is then read once.
-    Under torchrun all ranks call it, and all get the whole result.
+    A user's validation and test windows share most of their history, which is then read once.
+    Under torchrun all ranks must call it, and all get the whole result.
     """
     windows = [window for part in parts.values() for window in part]
     ranking = rank_by_all(model, prompts, windows, **options)
@@ -840,10 +871,12 @@ def draws(n_users, n_seeds, seed):
 def sums_by_user(values, users):
     """values (S, n, ...) of n windows and their users (n,) -> (sums (S, U, ...), windows (U,)).
 
-    Users count in the order of their first windows, so that their indices draw as their ids do.
+    Users are numbered by their first windows, so that the draws do not depend on their names.
     """
     _, first, index = np.unique(users, return_index=True, return_inverse=True)
-    index = first.argsort().argsort()[index]
+    number = np.empty(len(first), dtype=int)
+    number[first.argsort()] = np.arange(len(first))
+    index = number[index]
     sums = np.zeros((len(first), len(values), *values.shape[2:]))
     np.add.at(sums, index, values.swapaxes(0, 1))
     return sums.swapaxes(0, 1), np.bincount(index)
@@ -852,13 +885,13 @@ def sums_by_user(values, users):
 def resample(sums, windows, statistic=None, seed=0):
     """Bootstrap of a mean over windows: sums (S, U) or (S, U, G) by seed and user -> (DRAWS,).
 
-    windows: (U,) of each user. A draw takes as many users as there are, with replacement and with
-    all their windows, and as many seeds. statistic: function of the means (DRAWS, S, G) ->
-    (DRAWS, S). The same numbers of users and seeds give the same draws, which makes it paired.
+    windows: (U,) how many each user has. A draw takes as many users as there are, with replacement
+    and with all their windows, and as many seeds. statistic: function of the means (DRAWS, S, G) ->
+    (DRAWS, S). The same numbers of users and seeds give the same draws, so two calls are paired.
     """
     S, U = sums.shape[:2]
     users, seeds = draws(U, S, seed)
-    total = (users @ windows).reshape(-1, *[1] * (sums.ndim - 1))
+    total = np.expand_dims(users @ windows, tuple(range(1, sums.ndim)))  # (DRAWS, 1, ...)
     mean = np.tensordot(users, sums, (1, 1)) / total  # (DRAWS, S, ...)
     if statistic:
         mean = statistic(mean)
@@ -870,11 +903,12 @@ def interval(values, users, statistic=None, against=None):
 
     values, against: (S, n), or (S, n, G) with a statistic, on the same windows; users: (n,).
     against: the interval is that of values - against. Runs of equally many seeds are paired seed by
-    seed. With few seeds it is a little narrow (by 18% at 3, in what is owed to seeds).
-    A statistic is a size, such as MGU, and chance makes sizes too large: once in `value`, twice in
-    the draws. Its interval is the basic one, which takes both off and so may lie below `value`; in
-    differences the two runs' shares cancel. It held the true MGU of simulated lists in 82% (exactly
-    fair) to 95% of samples (unfair); percentiles of the draws in 0% to 96%.
+    seed. With few seeds it is a little narrow (at 3, what is owed to seeds by 18%).
+
+    A statistic, such as MGU, is a size, which chance inflates: once in `value`, twice in the draws.
+    So its interval is the basic bootstrap's, which removes both and may lie below `value`; in a
+    difference they cancel. In simulations it held the true MGU in 82% (exactly fair lists) to 95%
+    (unfair lists) of samples, percentiles of the draws in 0% to 96%.
     """
 
     def point(values):
@@ -893,7 +927,7 @@ def interval(values, users, statistic=None, against=None):
 
 
 def in_brackets(value, low, high, sign=""):
-    """'0.0810 [0.0720, 0.0899]'; a difference (sign='+') gets a star where zero is outside."""
+    """'0.0810 [0.0720, 0.0899]'; a difference (sign='+') has a star where zero lies outside."""
     star = "*" if sign and (low > 0 or high < 0) else ""
     return f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]{star}"
 
@@ -904,15 +938,15 @@ def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
     dataset: where the data is now, if it has moved since.
 
     Keys: loss, folder, config, dataset, part, metrics, per_window, items, moved. The last one is
-    {metric: (as training wrote it, now)} of the single numbers that differ by 1e-4 or more; lists
-    by group are not compared.
+    {metric: (as training wrote it, now)} for the numbers that differ by 1e-4 or more; lists by
+    group are not compared.
     """
     folder = Path(folder)
     config, dataset, model, _, prompts = load_run(folder, cache, data_dir, dataset)
     arguments = config["arguments"]
     group = np.array(read_json(folder.parent / "groups.json")["group"])
     part = "valid" if arguments["no_test"] else "test"
-    # Together, as training has them: equal batches round equally, so that figures agree.
+    # Both parts at once, as after training: equal batches round equally, so the figures agree.
     parts = {"valid": dataset.valid} | ({} if arguments["no_test"] else {"test": dataset.test})
     options = {"softmax": arguments["rank_softmax"], "keep_seen": arguments["keep_seen"]}
     found = evaluate_parts(model, prompts, dataset, parts, group, arguments["groups"], **options)
@@ -939,8 +973,8 @@ def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
 def pool(runs):
     """Results of evaluate_run -> {name: [those that differ in nothing but the seed]}.
 
-    A pool is named by its loss, by the arguments that differ between pools, and by its seeds.
-    Losses keep the order in which they were given.
+    A pool's name gives its loss, the arguments that differ between pools, and its seeds. Losses
+    keep the order in which they were given.
     """
     found = {}
     for run in sorted(runs, key=lambda run: run["config"]["arguments"]["seed"]):
@@ -974,9 +1008,9 @@ MEANS = "HR@5", "NDCG@5", "MRR@5", "HR@10", "NDCG@10", "MRR@10", "NLL", "legal N
 
 
 def sampled(dataset, members):
-    """What has an interval -> {metric: (values (S, n) or (S, n, G), statistic or None)}.
+    """The metrics that have an interval: {metric: (values (S, n) or (S, n, G), statistic or None)}.
 
-    Coverage has none: draws repeat lists.
+    Coverage has none: a draw that takes some users twice and others never covers less.
     """
     found = {}
     for name in MEANS:
@@ -997,8 +1031,8 @@ def sampled(dataset, members):
 
 
 def comparison(pools, dataset, windows):
-    """(header, rows): a row a metric; a column a pool, with 95% intervals, and then a column for
-    what each pool has over the first."""
+    """(header, rows): a row for each metric; a column for each pool, then for each one's difference
+    from the first; with 95% intervals."""
     users = np.array([w.user for w in windows])
     first, *others = pools
     found = {name: sampled(dataset, members) for name, members in pools.items()}
@@ -1027,35 +1061,42 @@ def comparison(pools, dataset, windows):
 def differences(logs, base="SFT"):
     """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
 
-    logs: {name: lines of predictions.jsonl}. In brackets stand 95% intervals.
+    logs: {name: lines of predictions.jsonl}. 95% intervals stand in brackets.
     """
-
-    def ndcg(line):
-        found = line["target"] in line["titles"]
-        return 1 / np.log2(line["titles"].index(line["target"]) + 2) if found else 0.0
-
+    if base not in logs:
+        return {}
     measures = {
-        "NDCG@10": ndcg,
+        "NDCG@10": listed_ndcg,
         "NLL of the title": operator.itemgetter("NLL"),
         "NLL over legal continuations": operator.itemgetter("legal NLL"),
     }
-    found = {name: [] for name in logs if name != base and base in logs}
-    for name, sentences in found.items():
-        users = [line["user"] for line in logs[base]]
+    users = [line["user"] for line in logs[base]]
+    found = {}
+    for name, lines in logs.items():
+        if name == base:
+            continue
+        found[name] = []
         for metric, measure in measures.items():
-            ours = np.array([[measure(line) for line in logs[name]]])  # (1, n)
-            theirs = np.array([[measure(line) for line in logs[base]]])
+            ours = np.array([list(map(measure, lines))])  # (1, n)
+            theirs = np.array([list(map(measure, logs[base]))])  # (1, n)
             ends = interval(ours, users, against=theirs)
-            sentences.append(f"{metric} {in_brackets(*ends, '+')}")
+            found[name].append(f"{metric} {in_brackets(*ends, '+')}")
     return found
+
+
+def listed_ndcg(line):
+    """NDCG of a line of predictions.jsonl, up to the end of its list."""
+    if line["target"] not in line["titles"]:
+        return 0.0
+    return 1 / math.log2(line["titles"].index(line["target"]) + 2)
 
 
 # ---------------------------------------------------------------- predictions
 
 
 def write_predictions(path, dataset, windows, ranking, per_window):
-    """A line a window: user, position, history as the model read it, target, the titles listed,
-    their scores, and the target's NLLs."""
+    """Write a line for each window: user, position, the history that the model read, the target,
+    the titles listed, their scores, and the target's NLLs."""
     lines = []
     for i, w in enumerate(windows):
         kept = ranking.items[i] >= 0
@@ -1106,9 +1147,9 @@ def windows_by_key(dataset, windows):
 
 
 def find_window(line, place, dataset, windows, by_key, taken):
-    """The index of the window that a line is for: the first that fits and is not `taken`.
+    """The index of the window that a line is for: the first that matches and is not `taken`.
 
-    by_key: see windows_by_key. place: file and line number, for messages.
+    by_key: see windows_by_key. place: the file and line number that a message names.
     """
     user = str(line["user"])
     position = line.get("position")
@@ -1160,21 +1201,21 @@ def check_list(titles, scores, place, dataset, known):
 def read_predictions(path, dataset, windows, k=10, allow_missing=False):
     """Ranked lists of any system -> (items (n, K), scores (n, K), {what is missing: how often}).
 
-    K is k, or more where titles beyond share the k-th score: equal scores for all titles then find
-    nothing. Anything wrong is an InputError.
+    K is k, or more where further titles share the k-th score, so that nobody gains by giving all
+    titles one score. Anything wrong is an InputError.
 
-    A line: {"user": "196", "position": 54, "titles": [best first]} and, where wanted, "scores"
-    (falling) and "target" (is checked). position: the user's positives before the target; may be
-    left out where the user has one window. Where several windows share user and position (CSV
-    folders), "target" tells them apart, or else their order.
+    A line: {"user": "196", "position": 54, "titles": [best first]} and, if wanted, "scores"
+    (falling) and "target" (which is checked). position: how many positives the user has before the
+    target; not needed where the user has one window. Where several windows share user and position
+    (CSV folders), "target" tells them apart, or else their order.
     """
     known = {title: i for i, title in enumerate(dataset.titles)}
     by_key = windows_by_key(dataset, windows)
     lists = {}  # window -> (items, scores)
     for number, line in read_lines(path):
         place = f"{path}:{number}"
-        whole = isinstance(line, dict) and "user" in line
-        if not whole or not isinstance(line.get("titles"), list):
+        named = isinstance(line, dict) and "user" in line
+        if not named or not isinstance(line.get("titles"), list):
             raise InputError(
                 f'{place}: should be an object with "user", "position" and a list "titles"'
             )
@@ -1187,20 +1228,24 @@ def read_predictions(path, dataset, windows, k=10, allow_missing=False):
             n = sum(score >= scores[k - 1] for score in scores)
         lists[i] = [known[title] for title in titles[:n]], scores[:n]
     items, scores = lists_as_arrays(lists, len(windows), k)
-    short = 0
-    for i, (row, _) in lists.items():
-        unseen = len(known) - len(set(windows[i].items[: windows[i].stop]))
-        short += len(row) < min(k, unseen)
-    missing = {
-        "windows without a list": len(windows) - len(lists),
-        f"lists under {k} titles": short,
-    }
-    if any(missing.values()) and not allow_missing:
+    without = len(windows) - len(lists)
+    short = count_short(lists, windows, len(known), k)
+    if (without or short) and not allow_missing:
         raise InputError(
-            f"{path}: of {len(windows)} windows {len(windows) - len(lists)} have no list, and "
+            f"{path}: of {len(windows)} windows {without} have no list, and "
             f"{short} lists have under {k} titles; complete them or add --allow-missing"
         )
+    missing = {"windows without a list": without, f"lists under {k} titles": short}
     return items, scores, missing
+
+
+def count_short(lists, windows, n_titles, k):
+    """How many of the lists have neither k titles nor all that the user has not seen."""
+    short = 0
+    for i, (row, _) in lists.items():
+        unseen = n_titles - len(set(windows[i].items[: windows[i].stop]))
+        short += len(row) < min(k, unseen)
+    return short
 
 
 def lists_as_arrays(lists, n, k):
@@ -1233,7 +1278,7 @@ def result_table(folder, losses):
     """(header, rows): popularity, before fine-tuning and each loss, at most 100 columns wide.
 
     On test windows, or on validation where the run has --no-test. Seconds: warm-up, training and,
-    but for SFT, relevance.
+    except for SFT, relevance.
     """
     runs = {loss: read_json(Path(folder) / loss / "metrics.json") for loss in losses}
     some = runs[losses[0]]
@@ -1257,7 +1302,10 @@ def result_table(folder, losses):
 
 
 def group_table(groups, models):
-    """(header, rows): a row a group of groups.json, with its NLL in each of {name: metrics}."""
+    """(header, rows): a row for each group of groups.json, with its NLL in each of `models`.
+
+    models: {name: metrics}.
+    """
     rows = []
     for g, (share, cut) in enumerate(zip(groups["shares"], groups["cuts"])):
         nlls = [fmt(metrics["group NLL"][g]) for metrics in models.values()]
@@ -1266,7 +1314,7 @@ def group_table(groups, models):
 
 
 def audit_table(audits):
-    """(header, rows) of {name: audit}. The ratio auxiliary : user says the same as the share."""
+    """(header, rows) of {name: audit}. The ratio auxiliary : user restates the first share."""
     header = (
         "",
         "aux share, ablation",
@@ -1293,12 +1341,13 @@ def audit_table(audits):
 
 
 def tercile_table(models, by, metric="NDCG@10"):
-    """(header, rows) of what by_tercile found: a row a tercile of the windows.
+    """(header, rows) of what by_tercile found: a row for each tercile of the windows.
 
     models: {name: [metrics of each seed]}; by: one of TERCILES.
     """
     rows = []
-    for name, some in next(iter(models.values()))[0][by].items():
+    first = next(iter(models.values()))[0]  # cut like all others, which have the same windows
+    for name, some in first[by].items():
         means = []
         for seeds in models.values():
             means.append(fmt(np.mean([metrics[by][name][metric] for metrics in seeds]), 4))
@@ -1307,10 +1356,10 @@ def tercile_table(models, by, metric="NDCG@10"):
 
 
 def print_table(header, rows, width=100):
-    """Print a table; where it is wider, its columns in several tables, each with the first one."""
+    """Print a table; if it is too wide, in several tables, each with the first column."""
     widths = [max(map(len, map(str, column))) for column in zip(header, *rows)]
     blocks = []
-    used = width
+    used = width  # so that the second column opens a block
     for j in range(1, len(header)):
         used += 2 + widths[j]
         if used > width:
@@ -1355,7 +1404,7 @@ def parser():
         nargs="?",
         const=True,
         metavar="FILE",
-        help="write the run's page, to FILE or its report.html",
+        help="write the run's page to FILE (default: report.html in the run's folder)",
     )
     data_flags(p.add_argument)
     return p
@@ -1364,19 +1413,19 @@ def parser():
 def data_flags(add):
     add(
         "--dataset",
-        help="where the RUN's data is now, if it has moved; without a RUN, what --predictions "
-        "are for",
+        help="where the RUN's data is now, if it has moved; without a RUN, the data that "
+        "--predictions are for",
     )
     add(
         "--split",
         choices=("leave-one-out", "time"),
-        help="of --dataset, without a RUN (default: leave-one-out)",
+        help="how --dataset is split, without a RUN (default: leave-one-out)",
     )
     add(
         "--min-rating",
         type=float,
         metavar="R",
-        help="of --dataset, without a RUN: ratings from R up are positives (default: 4)",
+        help="ratings of --dataset from R up are positives, without a RUN (default: 4)",
     )
     add("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
     add("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
@@ -1397,7 +1446,7 @@ def losses_of(folder):
 
 
 def evaluate_runs(folders, args):
-    """Results of evaluate_run, of runs on the same windows; says which training wrote otherwise."""
+    """Results of evaluate_run; runs that are not on the same windows are an InputError."""
     places = args.cache, args.data_dir, args.dataset
     runs = [evaluate_run(folder, *places) for folder in folders]
     for run in runs:
@@ -1410,7 +1459,7 @@ def evaluate_runs(folders, args):
 
 
 def add_predictions(pools, args, dataset, windows):
-    """Give each file of --predictions a pool of its own."""
+    """Add a pool to `pools` for each file of --predictions."""
     for file in args.predictions:
         name = Path(file).stem
         if name in pools:
@@ -1428,7 +1477,7 @@ def add_predictions(pools, args, dataset, windows):
 
 
 def print_moved(run):
-    """Say whether training wrote the metrics that are found now."""
+    """Say whether the metrics found now are those that training wrote."""
     moved = []
     for name, (before, now) in run["moved"].items():
         moved.append(f"{name} {before:.4f} and now {now:.4f}")
