@@ -72,7 +72,7 @@ def gdrt_rule(tau, prior):
 def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
     """One update on the global batch `trees` -> (next state of the rule, line for metrics.jsonl).
 
-    group_of (items, L): the group of each title's tokens, int64; no target's is -1.
+    group_of (items, L): the group of each title's tokens, int64, and not -1 for any target.
     """
     batches = micro_batches(trees, cfg)
     groups = [group_of[batch.item, batch.place] for batch in batches]  # (N,) each
@@ -113,7 +113,7 @@ def train(
     optimizer = torch.optim.AdamW(
         trainable(model), lr=cfg.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
-    state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # log q, of group-dro
+    state = torch.full((n_groups,), -math.log(n_groups), device=cfg.device)  # group-dro's log q
     model.train()
     with Journal(folder, span, model, optimizer, state, begin, cfg) as journal:
         for step in journal.steps():
@@ -163,6 +163,7 @@ def run(args):
 import argparse
 import datetime
 import json
+import operator
 import os
 import pickle
 import platform
@@ -222,6 +223,7 @@ from evaluate import (
     evaluate_parts,
     interval,
     list_metrics,
+    listed_ndcg,
     loss_name,
     popularity_lists,
     read_lines,
@@ -230,17 +232,17 @@ from evaluate import (
 )
 from report import write_report
 
-HEAT_STEPS = 64  # of the report's heat map: on toy its gap to completeness is then 0.02%
-FORMAT = 2  # of checkpoint.pt; another number is not read
-BEGAN = time.perf_counter()  # of this process
+HEAT_STEPS = 64  # points of the heat map's path, with which its gap to completeness on toy is 0.02%
+FORMAT = 2  # version of checkpoint.pt; files of another version are refused
+BEGAN = time.perf_counter()  # when this process began
 BETAS = (0.9, 0.99)  # of AdamW
 WEIGHT_DECAY = 0.01
-CLIP = 1.0  # the largest norm of a gradient
+CLIP = 1.0  # gradients are clipped to this norm
 # Below this many nats a title, what an attribution says of the user is noise (our choice).
 LITTLE_USER = 0.05
-# Below this share of SFT's loss, hardly a language bias is left to remove (our choice).
+# Below this share of SFT's loss, hardly any language bias is left to remove (our choice).
 LITTLE_LANGUAGE = 0.1
-# Flags that may be others on --resume: they do not change what is computed.
+# Flags that may differ on --resume, since they do not change what is computed.
 MAY_DIFFER = ("out", "name", "cache", "data_dir", "resume", "no_report", "save_every")
 
 
@@ -250,7 +252,7 @@ class TrainConfig(NamedTuple):
     lr: float = 2e-3
     accumulate: int = 1  # micro-batches of an update
     precision: str = "fp32"  # or bf16: autocast of the training passes
-    frozen: str = "fp32"  # or bf16: what --lora keeps the weights in that it does not train
+    frozen: str = "fp32"  # or bf16: the precision of the weights that --lora freezes
     softmax: str = "full"  # or trie: NLL over legal continuations (MSL)
     temperature: float = 1.0  # of the trie softmax
     rank: int = 0  # this process among `world`
@@ -265,7 +267,7 @@ class TrainConfig(NamedTuple):
 def group_dro_rule(eta):
     """Online group DRO (Sagawa et al. 2020, arXiv 1911.08731): each step, q_g ~ q_g exp(eta L_g).
 
-    The state is log q (K,). An absent group has L_g = 0 here: it keeps its log q until normalised.
+    The state is log q (K,). An absent group has L_g = 0, so only the normalisation moves its q.
     """
 
     def rule(group_loss, count, state):
@@ -279,7 +281,7 @@ def group_dro_rule(eta):
 
 
 def log_line(q, group_loss, total, count, norm):
-    """What metrics.jsonl tells of an update. The loss is sum_g q_g L_g, as in `gdrt_loss`."""
+    """The entries of an update in metrics.jsonl. The loss is sum_g q_g L_g, as in `gdrt_loss`."""
     return {
         "loss": (q * group_loss).sum().item(),
         "nll": (total.sum() / count.sum()).item(),
@@ -291,20 +293,20 @@ def log_line(q, group_loss, total, count, norm):
 
 
 def micro_batches(trees, cfg):
-    """This rank's share of the global batch in at most cfg.accumulate Batches; maybe none."""
+    """This rank's share of the global batch as at most cfg.accumulate Batches; maybe none."""
     mine = trees[cfg.rank :: cfg.world]
     size = math.ceil(len(mine) / cfg.accumulate) or 1
     return [collate(mine[i : i + size], cfg.device) for i in range(0, len(mine), size)]
 
 
 def kept_random_state(cfg):
-    """Context manager: afterwards the random state is as before, on the GPUs as well."""
+    """Context manager: afterwards the random state is as before, on GPUs as well."""
     return torch.random.fork_rng(range(torch.cuda.device_count()) if cfg.device == "cuda" else ())
 
 
 @contextlib.contextmanager
 def replayed_without_gradient(cfg):
-    """Inside, no gradient; afterwards the random state is as before, so dropout repeats itself."""
+    """Inside, no gradient; afterwards the random state is as before, so that dropout repeats."""
     with kept_random_state(cfg), torch.no_grad():
         yield
 
@@ -336,10 +338,10 @@ def token_nll(model, batch, prompts, cfg):
 
 def pad_targets(batch, multiple=64):
     """The batch with a round number of targets: oneDNN compiles kernels for each new number."""
-    spare = -len(batch.label) % multiple
+    missing = -len(batch.label) % multiple
     padded = {}
     for name in ("row", "predict_at", "label", "item", "place"):
-        padded[name] = torch.nn.functional.pad(getattr(batch, name), (0, spare))
+        padded[name] = torch.nn.functional.pad(getattr(batch, name), (0, missing))
     return batch._replace(**padded)
 
 
@@ -354,7 +356,7 @@ def global_group_sums(nlls, groups, n_groups, cfg):
 
 
 def add_up_gradients(model, cfg):
-    """The loss is a sum over ranks, and so is its gradient: one message for all parameters."""
+    """Sum the gradients over ranks, as the loss is a sum over them; all travel in one message."""
     if cfg.world == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -381,11 +383,11 @@ def learning_rate(step, steps, peak):
 
 
 def make_batches(trees, batch, epochs, seed):
-    """The batches of a whole run: one list of tree indices an update, of about `batch` windows.
+    """The batches of a whole run: for each update a list of tree indices, of about `batch` windows.
 
-    Every epoch visits every tree once. Neighbours of 20 batches are sorted by length, so that a
-    batch wastes little padding; the batches themselves come in random order. Known in advance, it
-    makes every loss see the same batches and lets a resumed run go on at any update.
+    Every epoch visits every tree once. The trees of about 20 batches are sorted by length, so that
+    a batch wastes little padding; the batches then come in random order. As all are known in
+    advance, every loss sees the same ones, and a resumed run can go on at any update.
     """
     random = np.random.default_rng(seed)
     batches = []
@@ -409,17 +411,17 @@ def make_batches(trees, batch, epochs, seed):
 # ---------------------------------------------------------------- LoRA
 
 LORA_SCALE = 2  # alpha / r: alpha is 2 r, as in the lab's harness
-LORA_DROPOUT = 0.05  # of what goes into A, from the same harness
+LORA_DROPOUT = 0.05  # on the input of A, from the same harness
 LORA_LAYERS = "q_proj", "v_proj"
-# What other models call their attention's input projections, most of them fused.
+# What other models call the input projections of their attention, most of which are fused.
 OTHER_LAYERS = "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "value"
 
 
 def add_lora(model, rank, seed, cfg):
     """Freeze the model; add a trained alpha/r B A to its attention's projections W (2106.09685).
 
-    A (rank, in) is drawn as peft draws it, B (out, rank) is 0: at first the model is as it was.
-    A model without such projections, or with smaller ones than `rank`, is an InputError.
+    A (rank, in) is drawn as peft draws it; B (out, rank) is 0, so at first nothing changes. A model
+    without such projections, or with one smaller than `rank`, is an InputError.
     """
     layers = layers_to_adapt(model, rank, cfg)
     model.requires_grad_(False)
@@ -433,11 +435,11 @@ def add_lora(model, rank, seed, cfg):
         layer.lora_B = torch.nn.Parameter(torch.zeros(outside, rank, device=cfg.device))
         layer.register_forward_hook(add_low_rank_term)
     with frozen_in_bf16(model, cfg):
-        pass  # rounds them here, if at all: the way to bf16 and back is exact from now on
+        pass  # rounds the frozen weights once, if cfg says so; later round trips are then exact
 
 
 def layers_to_adapt(model, rank, cfg):
-    """The model's q_proj and v_proj; else what it has of OTHER_LAYERS, which is said."""
+    """The model's q_proj and v_proj, or else what it has of OTHER_LAYERS, which is announced."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, (torch.nn.Linear, Conv1D)):
@@ -462,14 +464,14 @@ def layers_to_adapt(model, rank, cfg):
 
 
 def add_low_rank_term(layer, inputs, output):
-    """The forward hook of an adapted layer: its output and alpha/r B A x. Shape: (..., out)"""
+    """The forward hook of an adapted layer: its output plus alpha/r B A x. Shape: (..., out)"""
     x = torch.nn.functional.dropout(inputs[0], LORA_DROPOUT, layer.training)
     low = torch.nn.functional.linear(x, layer.lora_A)  # (..., rank)
     return output + LORA_SCALE * torch.nn.functional.linear(low, layer.lora_B)
 
 
 def adapted_layers(model):
-    """{name: layer} of the layers with an adapter; a shared one stands there by all its names."""
+    """{name: layer} of the layers with an adapter; a shared layer is there under all its names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: layer for name, layer in modules if hasattr(layer, "lora_A")}
 
@@ -480,13 +482,13 @@ def trainable(model):
 
 def trained_weights(model):
     """The part of the model's state_dict that training changes: with --lora, the adapter."""
-    parameters = model.named_parameters(remove_duplicate=False)  # tied ones have two names
+    parameters = model.named_parameters(remove_duplicate=False)  # tied weights have two names
     frozen = {name for name, p in parameters if not p.requires_grad}
     return {name: w for name, w in model.state_dict().items() if name not in frozen}
 
 
 def load_trained(model, weights):
-    """Put back what `trained_weights` gave; the weights of another model are a RuntimeError."""
+    """Put back what `trained_weights` returned; another model's weights are a RuntimeError."""
     now = model.state_dict()
     frozen = now.keys() - trained_weights(model).keys()
     model.load_state_dict({name: now[name] for name in frozen} | weights)
@@ -494,7 +496,7 @@ def load_trained(model, weights):
 
 @torch.no_grad()
 def merged_weights(model):
-    """state_dict of the plain model that computes the same: W + alpha/r B A where it is adapted."""
+    """state_dict of the plain model that computes the same: W + alpha/r B A in adapted layers."""
     weights = model.state_dict()
     for name, layer in adapted_layers(model).items():
         low_rank = weights.pop(f"{name}.lora_B") @ weights.pop(f"{name}.lora_A")  # (out, in)
@@ -507,8 +509,8 @@ def merged_weights(model):
 def frozen_in_bf16(model, cfg):
     """Inside, if cfg says so, the matrices that are not trained take two bytes a weight.
 
-    Autocast would round them for every product anyway: the training passes stay the same, to the
-    bit. The rest of a run sees them in fp32. What the embedding returns stays fp32 throughout.
+    Autocast would round them for every product anyway, so training passes stay the same to the bit.
+    The rest of a run sees them in fp32. What the embedding returns is fp32 throughout.
     """
     matrices = [p for p in model.parameters() if p.dim() > 1 and not p.requires_grad]
     if cfg.frozen != "bf16" or not matrices:
@@ -527,7 +529,7 @@ def frozen_in_bf16(model, cfg):
 
 
 def save_adapter(folder, model):
-    """The adapter in peft's file format, for PeftModel.from_pretrained; without one, nothing."""
+    """Write the adapter, if there is one, in peft's file format, for PeftModel.from_pretrained."""
     layers = adapted_layers(model)
     if not layers:
         return
@@ -558,10 +560,10 @@ def save_adapter(folder, model):
 
 
 class Journal:
-    """A stage's metrics.jsonl and checkpoint.pt: it goes on where they end, whatever ended it.
+    """A stage's metrics.jsonl and checkpoint.pt, which let it go on where it was interrupted.
 
-    state is the rule's. Inside the `with`, the model runs the fastest attention with a backward,
-    and Ctrl-C waits for the end of an update, so that none is left half done.
+    state: the rule's. Inside the `with`, the model uses the attention that trains fastest, and
+    Ctrl-C waits for the end of an update, so that none is left half done.
     """
 
     def __init__(self, folder, span, model, optimizer, state, begin, cfg):
@@ -599,7 +601,7 @@ class Journal:
 
     def steps(self):
         """The numbers of the updates that are left, with a progress bar."""
-        quiet = None if self.cfg.rank == 0 else True  # None: quiet where stderr is no terminal
+        quiet = None if self.cfg.rank == 0 else True  # None: shown where stderr is a terminal
         name = self.folder.name if self.folder else "training"
         self.progress = tqdm(range(self.start, self.stop), desc=name, disable=quiet)
         for step in self.progress:
@@ -623,7 +625,7 @@ class Journal:
         self.file.flush()
         self.progress.set_postfix(nll=f"{line['nll']:.3f}", windows_s=f"{speed:.0f}")
 
-        # A signal reaches the ranks at different updates, or one of them only.
+        # A signal may reach the ranks at different updates, or only one of them.
         ended = torch.tensor(float(len(self.pressed)), device=self.cfg.device)
         all_reduce(ended, self.cfg)
         due = ended > 0 or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.stop
@@ -639,12 +641,12 @@ class Journal:
 
 
 def training_attention(model, cfg):
-    """Name of the fastest attention with a backward: a CPU's fused kernel has a slow one."""
+    """Name of the attention that trains fastest: on a CPU, the fused kernel has a slow backward."""
     return "eager" if cfg.device == "cpu" else model.config._attn_implementation
 
 
 def save_checkpoint(path, model, optimizer, state, step):
-    """All that the next update depends on, as tensors and ints: loads with weights_only=True."""
+    """Write all that the next update depends on, so that it loads with weights_only=True."""
     kept = {
         "format": FORMAT,
         "model": trained_weights(model),
@@ -658,7 +660,7 @@ def save_checkpoint(path, model, optimizer, state, step):
     def write(file):
         try:
             torch.save(kept, file)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except RuntimeError as error:  # torch hides the OSError of a full disk behind it
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
     write_atomic(path, write)
@@ -690,7 +692,7 @@ def load_checkpoint(path, model, optimizer):
 
 @contextlib.contextmanager
 def ctrl_c():
-    """Yields a list that Ctrl-C adds to. torchrun passes Ctrl-C on as SIGTERM."""
+    """Yield a list to which Ctrl-C, or the SIGTERM that torchrun makes of it, adds an entry."""
     pressed = []
     signals = signal.SIGINT, signal.SIGTERM
     before = [signal.signal(number, lambda *_: pressed.append(True)) for number in signals]
@@ -702,7 +704,7 @@ def ctrl_c():
 
 
 def complete_lines(path):
-    """The lines of a file that end in a newline: what a killed run had written whole."""
+    """The lines of a file that end in a newline: those that a killed run had finished writing."""
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
@@ -710,15 +712,15 @@ def complete_lines(path):
 
 
 def open_dataset(folder, args, cfg):
-    """(Dataset, what config.json is to hold), once it is clear that this run may be made here.
+    """(Dataset, what config.json is to hold), once it is clear that the run may use this folder.
 
-    Rank 0 goes first: the others find in the cache what it fetched.
+    Rank 0 goes first, so that the others find in the cache what it fetched.
     """
     if cfg.rank > 0:
         barrier(cfg)
     domain = args.domain
     if args.resume and (folder / "config.json").exists():
-        # The folder's name may have told the domain, and may be another now.
+        # The domain may have come from the name of the data's folder, which may have changed.
         domain = domain or read_json(folder / "config.json").get("domain")
     options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
     dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=domain, **options)
@@ -730,10 +732,10 @@ def open_dataset(folder, args, cfg):
 
 
 def open_run(folder, args, dataset):
-    """What config.json is to hold, for a run that is new or, on --resume, the same as before."""
+    """What config.json is to hold, if the run is new or, on --resume, the same as before."""
     arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     for name in ("dataset", "model"):
-        if Path(arguments[name]).is_dir():  # the run is found again from any working directory
+        if Path(arguments[name]).is_dir():  # so that it is found from any working directory
             arguments[name] = str(Path(arguments[name]).resolve())
     path = folder / "config.json"
     if not path.exists():
@@ -751,7 +753,7 @@ def open_run(folder, args, dataset):
     before = read_json(path)
     for name, value in arguments.items():
         old = before["arguments"].get(name)
-        # Data and models may have moved: what they hold is compared, not where they lie.
+        # Data and models may have moved: their content is compared instead, below or later.
         moved = name in ("dataset", "model") and Path(value).is_dir()
         if value != old and not moved:
             raise InputError(
@@ -763,7 +765,7 @@ def open_run(folder, args, dataset):
             f"--resume: the data of --dataset {args.dataset} has changed since {path}; "
             "bring it back, or choose another --name"
         )
-    for left in folder.rglob(".*.[0-9]*"):  # half-written by the process that was killed
+    for left in folder.rglob(".*.[0-9]*"):  # what a killed process had half written
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return before
 
@@ -781,22 +783,23 @@ class Setup(NamedTuple):
 
 
 def prepare(args, dataset, cfg):
-    """Setup of a run: model, prompts and batches, before anything is trained or written."""
+    """The Setup of a run, and checks of it before anything is trained or written."""
     model, tokenizer = start_model(args.model, dataset, args.cache)
     model.to(cfg.device)
     if args.lora:
         add_lora(model, args.lora, args.seed, cfg)
     prompts = make_prompts(dataset, tokenizer, positions(model))
     windows = draw_windows(dataset.train, args.windows, args.seed)
-    # The batches are of whole trees, whether these run packed or not: the same windows an update.
+    # Batches are of whole trees, run packed or not, so that updates have the same windows.
     trees = build_trees(prompts, windows)
     batches = make_batches(trees, args.batch, args.epochs, args.seed)
     read = windows + dataset.valid + dataset.test
     prompts = fall_back_to_unpacked(model, prompts, read, cfg.device)
     if args.no_pack or not prompts.packed:
         members = [np.unique(tree.window).tolist() for tree in trees]
-        batches = [sum(map(members.__getitem__, batch), []) for batch in batches]
-        trees = build_trees(prompts, windows, pack=False)
+        for step, batch in enumerate(batches):
+            batches[step] = [window for tree in batch for window in members[tree]]
+        trees = build_trees(prompts, windows, pack=False)  # one tree a window
     warmup = max(1, round(args.warmup * len(batches)))
     if warmup >= len(batches):
         raise InputError(
@@ -819,7 +822,7 @@ def prepare(args, dataset, cfg):
 
 
 def try_update(model, trees, name, cfg):
-    """One forward and backward before anything is spent: a model that cannot is an InputError.
+    """Refuse a model that fails in forward or backward, by an InputError, before time is spent.
 
     Weights, gradients and the random state are left as they were.
     """
@@ -839,7 +842,7 @@ def gradient_failure(model, batch, cfg):
     training = model.training
     model.train()
     try:
-        with contextlib.ExitStack() as stack:  # what Journal enters, and the random state is kept
+        with contextlib.ExitStack() as stack:  # as in Journal, but keeping the random state
             stack.enter_context(kept_random_state(cfg))
             stack.enter_context(attention(model, training_attention(model, cfg)))
             stack.enter_context(frozen_in_bf16(model, cfg))
@@ -855,7 +858,7 @@ def gradient_failure(model, batch, cfg):
 
 
 def draw_windows(windows, limit, seed):
-    """--windows: a seeded draw of whole trees (a user's neighbouring targets), `limit` windows."""
+    """`limit` of the windows, drawn by a seed as whole trees (a user's neighbouring targets)."""
     if limit is None or limit >= len(windows):
         return windows
     groups = by_shared_prefix(windows)
@@ -866,7 +869,7 @@ def draw_windows(windows, limit, seed):
 
 
 def write_config(folder, config, setup, dataset, cfg):
-    """config.json, the first file of a run: a start that failed leaves no run behind."""
+    """Write config.json, the first file of a run, so that a failed start leaves no run behind."""
     if cfg.rank > 0:
         return
     path = folder / "config.json"
@@ -907,7 +910,7 @@ def warm_up(setup, seed, folder, cfg):
 
 
 def form_groups(setup, args, cfg, path):
-    """What groups.json holds: the relevance and the group of every target token; measured once."""
+    """What groups.json holds: relevance and group of every target token, measured once a run."""
     if not path.exists():
         start = time.perf_counter()
         model, prompts, windows = setup.model, setup.prompts, setup.windows
@@ -932,7 +935,7 @@ def form_groups(setup, args, cfg, path):
 
 
 def write_once(path, content, cfg):
-    """Rank 0 writes the JSON, once all ranks have seen that it is not there and done their part."""
+    """Rank 0 writes the JSON, once all ranks have seen that it is missing and done their part."""
     barrier(cfg)
     if cfg.rank == 0:
         write_atomic(path, json.dumps(content))
@@ -940,7 +943,7 @@ def write_once(path, content, cfg):
 
 
 def print_groups(groups, setup, args, cfg):
-    """What each group holds, and whether this model on this data leaves GDRT anything to do."""
+    """Print what each group holds, and whether GDRT has anything to do for this model and data."""
     if cfg.rank > 0:
         return
     header = "group", "share", "r from", "some of its tokens, with their relevance r"
@@ -976,7 +979,7 @@ def group_examples(groups, prompts, tokenizer, seed, width=72):
 
 
 def evaluate_baselines(setup, dataset, args, cfg, groups, folder):
-    """{"popularity", "before": metrics}; before: the model as it is now, not yet fine-tuned."""
+    """{"popularity" and "before": metrics}; before: the model as it is now, not yet fine-tuned."""
     parts = {"valid": dataset.valid}
     if not args.no_test:
         parts["test"] = dataset.test
@@ -1023,7 +1026,7 @@ def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
 
 
 def evaluate_once(setup, dataset, args, cfg, groups, folder):
-    """Metrics of the model as it stands, kept in folder/evaluation.json. All ranks do a share."""
+    """Metrics of the model as it stands, kept in folder/evaluation.json; all ranks take a share."""
     path = folder / "evaluation.json"
     if not path.exists():
         write_once(path, evaluate_and_audit(setup, dataset, args, cfg, groups, folder), cfg)
@@ -1041,7 +1044,7 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
     group_of = np.array(groups["group"])
     options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": cfg.device}
     parts = {}
-    if args.no_test or folder.name != "before":  # nothing is chosen by the untrained model
+    if args.no_test or folder.name != "before":  # the untrained model validates no choice
         parts["valid"] = dataset.valid
     if not args.no_test:
         parts["test"] = dataset.test
@@ -1062,7 +1065,7 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
 
 
 def write_heat_map(path, setup, dataset, cfg):
-    """The report's heat map: one prompt of a short history, token by token."""
+    """Write the report's heat map: the prompt with the shortest history, token by token."""
     window = min(dataset.test, key=lambda window: window.stop - window.start)
     record = token_attribution(
         setup.model, setup.tokenizer, setup.prompts, window, steps=HEAT_STEPS, device=cfg.device
@@ -1071,7 +1074,7 @@ def write_heat_map(path, setup, dataset, cfg):
 
 
 def write_metrics(folder, result, baselines, times, cfg):
-    """metrics.json of a loss: all that the table, the report and evaluate.py read."""
+    """Write metrics.json of a loss: all that the table, the report and evaluate.py read."""
     if cfg.rank > 0:
         return
     metrics = {part: result[part] for part in ("valid", "test") if part in result}
@@ -1083,7 +1086,7 @@ def write_metrics(folder, result, baselines, times, cfg):
 
 
 def print_results(folder, args, cfg):
-    """The table of the run, what each loss has over SFT, and the report."""
+    """Print the run's table and each loss's difference from SFT, and write the report."""
     if cfg.rank == 0:
         print(format_table(*result_table(folder, args.loss)))
         for sentence in paired_differences(folder, args.loss):
@@ -1096,9 +1099,9 @@ def print_results(folder, args, cfg):
 
 
 def paired_differences(folder, losses):
-    """Sentences on what each loss has over SFT on the test windows, with paired 95% intervals.
+    """Sentences on each loss's difference from SFT on test windows, with paired 95% intervals.
 
-    From predictions.jsonl; none where SFT or the test windows were left out.
+    They are from predictions.jsonl; none where SFT or the test windows were left out.
     """
     logs = {}
     for loss in losses:
@@ -1107,33 +1110,23 @@ def paired_differences(folder, losses):
             logs[loss] = [line for _, line in read_lines(path)]
     if "sft" not in logs:
         return []
-    users = [line["user"] for line in logs["sft"]]
-    measures = {"NDCG@10": listed_ndcg, "title NLL over legal continuations": legal_nll}
+    sft = logs.pop("sft")
+    users = [line["user"] for line in sft]
+    measures = {
+        "NDCG@10": listed_ndcg,
+        "title NLL over legal continuations": operator.itemgetter("legal NLL"),
+    }
     sentences = []
-    for loss in [loss for loss in logs if loss != "sft"]:
+    for loss, lines in logs.items():
         sentences.append(f"{loss_name(loss)} less SFT, {len(users)} test windows of this seed:")
         for name, measure in measures.items():
-            ours = measure(logs[loss])  # (1, n)
-            base = measure(logs["sft"])  # (1, n)
+            ours = np.array([list(map(measure, lines))])  # (1, n)
+            base = np.array([list(map(measure, sft))])  # (1, n)
             value, low, high = interval(ours, users, against=base)
             verdict = "no difference seen" if low <= 0 <= high else "a difference"
             figures = f"{value:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"
             sentences.append(f"  {name} {figures}: {verdict}")
     return sentences
-
-
-def listed_ndcg(lines):
-    """NDCG@10 of each line of predictions.jsonl, (1, n)."""
-    gains = []
-    for line in lines:
-        found = line["target"] in line["titles"]
-        gains.append(1 / math.log2(line["titles"].index(line["target"]) + 2) if found else 0.0)
-    return np.array([gains])
-
-
-def legal_nll(lines):
-    """NLL of each line's target over legal continuations, in nats a title, (1, n)."""
-    return np.array([[line["legal NLL"] for line in lines]])
 
 
 # ---------------------------------------------------------------- device, versions, words
@@ -1145,7 +1138,6 @@ def make_train_config(args):
     rank = int(os.environ.get("RANK", 0))
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    is_asked = device == "cuda" or args.precision == "bf16"
     if world > 1 and not torch.distributed.is_initialized():
         patience = datetime.timedelta(days=7)  # ranks wait for each other, and rank 0 writes alone
         backend = "nccl" if device == "cuda" else "gloo"
@@ -1154,7 +1146,7 @@ def make_train_config(args):
         lr=args.lr,
         accumulate=args.accumulate,
         precision=precision,
-        frozen=precision if is_asked else "fp32",
+        frozen=precision if device == "cuda" or args.precision == "bf16" else "fp32",
         softmax=args.train_softmax,
         temperature=args.temperature,
         rank=rank,
@@ -1211,7 +1203,7 @@ def environment():
 
 
 def print_stats(dataset):
-    """What was merged, dropped, tied and kept, in lines of at most 100 columns."""
+    """Print what was merged, dropped, tied and kept, in lines of at most 100 columns."""
     parts = []
     for name, value in dataset.stats.items():
         parts.append(f"{name} {value:,}" if isinstance(value, int) else f"{name} {value}")
@@ -1231,7 +1223,7 @@ def model_card(args, loss):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults after each help, but for those that say them or have none."""
+    """Adds its default to each flag's help, except where that is None or False."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -1298,14 +1290,14 @@ def data_flags(add):
     add(
         "--cache",
         metavar="DIR",
-        help="keeps what was fetched (default: gdrt in the user's cache folder)",
+        help="where fetched data is kept (default: gdrt in the user's cache folder)",
     )
     add(
         "--split",
         choices=("leave-one-out", "time"),
         default="leave-one-out",
-        help="a user's last positive tests, the one before "
-        "validates; or 8:1:1 by time over all users",
+        help="leave-one-out: a user's last positive is for testing, the one before for validation; "
+        "time: 8:1:1 by time over all users",
     )
     add(
         "--history",
@@ -1345,14 +1337,14 @@ def model_flags(add):
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="auto: cuda if it is there, else cpu; mps was never tried by us",
+        help="auto: cuda if it is there, else cpu; mps is untested",
     )
     add(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="of training passes; auto: bf16 where the hardware "
-        "has it. Weights, scores and relevance are fp32",
+        help="of training passes; auto: bf16 where the hardware is fast at it. Weights, scores and "
+        "relevance are fp32",
     )
 
 
@@ -1362,7 +1354,7 @@ def method_flags(add):
         nargs="+",
         choices=("sft", "gdrt", "group-dro"),
         default=["sft", "gdrt"],
-        help="one after the other, from one start, on the same batches",
+        help="losses to train one after the other, from one start, on the same batches",
     )
     add(
         "--relevance",
@@ -1417,14 +1409,14 @@ def training_flags(add):
         type=positive(int),
         default=64,
         metavar="N",
-        help="windows an update; group means are over them, so it is part of the method",
+        help="windows per update; group means are over them, so it is part of the method",
     )
     add(
         "--accumulate",
         type=positive(int),
         default=1,
         metavar="M",
-        help="micro-batches an update, to save memory; costs one more forward",
+        help="micro-batches per update, to save memory; more than one cost a second forward",
     )
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate of AdamW")
     add(
@@ -1436,7 +1428,7 @@ def training_flags(add):
         "--seed",
         type=whole,
         default=0,
-        help="of batches, draws and dropout; the split does not depend on it",
+        help="seed of batches, draws and dropout; the split does not depend on it",
     )
 
 
@@ -1473,7 +1465,7 @@ def run_flags(add):
 def default_epochs(dataset):
     """3, the best of 1 to 4 for both losses on validation windows of ml-100k, but 2 on toy.
 
-    There a small budget is the point: it shows the language bias of SFT.
+    Toy is there to show the language bias of SFT, which shows at a small budget.
     """
     return 2 if dataset == "toy" else 3
 
@@ -1483,10 +1475,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     args.epochs = args.epochs or default_epochs(args.dataset)
     limit_onednn_cache(args.cache)
-    args.name = (
-        args.name
-        or f"{Path(args.dataset).resolve().name}-{Path(args.model).resolve().name}-seed{args.seed}"
-    )
+    if not args.name:
+        dataset = Path(args.dataset).resolve().name
+        model = Path(args.model).resolve().name
+        args.name = f"{dataset}-{model}-seed{args.seed}"
     try:
         if args.name in (".", "..") or set(args.name) & set("/\\"):
             raise InputError(
@@ -1506,22 +1498,23 @@ def main(argv=None):
             "and add --resume"
         )
     except KeyboardInterrupt:
-        words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-        start = (
-            f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-            if "LOCAL_WORLD_SIZE" in os.environ
-            else "python"
-        )
         if os.environ.get("RANK", "0") == "0":
-            print(
-                f"\ninterrupted; go on with: {start} gdrt.py {shlex.join([*words, '--resume'])}",
-                file=sys.stderr,
-            )
+            command = resume_command(sys.argv[1:] if argv is None else argv)
+            print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
 
 
+def resume_command(argv):
+    """The command line that goes on with the run that `argv` started."""
+    words = [word for word in argv if word != "--resume"]
+    start = "python"
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{start} gdrt.py {shlex.join([*words, '--resume'])}"
+
+
 def complain(error):
-    """One sentence on stderr and exit code 2."""
+    """Print one sentence on stderr and exit with code 2."""
     print(f"gdrt.py: {error}", file=sys.stderr)
     sys.exit(2)
 
