@@ -1,7 +1,6 @@
 """The pages: a run's report and the heat map of one prompt, self-contained HTML without script.
 
-`write_report` gathers what a run folder holds, TEMPLATE lays it out and escapes it. The method does
-not need this file: the commands import it where a page is asked for.
+`write_report` gathers what a run folder holds; TEMPLATE lays it out and escapes it.
 """
 
 import io
@@ -114,7 +113,7 @@ be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %
 {{ fold("Arguments, data, versions, machine", tables) }}{% endcall %}
 {%- endif %}</body></html>
 """
-RAISES = (107, 174, 214)  # blue and orange, which everybody tells apart
+RAISES = (107, 174, 214)  # blue and orange, which colour-blind readers can tell apart
 LOWERS = (253, 174, 107)
 COLOURS = {"histories": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "gdrt", "font.size": 9, "legend.frameon": False}
@@ -127,7 +126,7 @@ def shade(value, largest):
     return "rgb({},{},{})".format(*(round(255 + (c - 255) * strength) for c in end))
 
 
-# Rendered with a title and a record it is a heat map, with what write_report gathers a report.
+# With a title and a record it renders a heat map; with what write_report gathers, a report.
 KNOWN = {"shade": shade, "span_sums": span_sums, "quantile": np.quantile, "abs": np.abs}
 KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE}
 PAGE = jinja2.Environment(autoescape=True).from_string(TEMPLATE, KNOWN)
@@ -159,7 +158,7 @@ def tabulate(title, x, series):
 
 
 def figure(shows, columns, panels):
-    """Panels (title, x, {name: y}) as tables and, where there is matplotlib, as inline SVG."""
+    """Panels (title, x, {name: y}) as tables and, if matplotlib is installed, as inline SVG."""
     content = {"shows": shows, "tables": [tabulate(*panel) for panel in panels]}
     try:
         import matplotlib
@@ -190,7 +189,7 @@ def training_panels(runs):
 
 
 def attribution_part(audits):
-    """Auxiliary shares of {name: audit}, all in all, by group and by position in the title."""
+    """Auxiliary shares of {name: audit}: overall, by group and by position in the title."""
     panels = []
     for kind in ("group", "position"):
         series = {name: audit["ablation"][f"by {kind}"] for name, audit in audits.items()}
@@ -214,21 +213,22 @@ def write_report(folder, path=None):
     """Write a page on all finished losses of the run folder runs/NAME to `path` (default: its
     report.html) -> path. A part without its file is left out; no finished loss: InputError."""
     folder = Path(folder)
-    config, groups = (read_json(folder / f"{name}.json") for name in ("config", "groups"))
+    config = read_json(folder / "config.json")
+    groups = read_json(folder / "groups.json")
     named = {loss_name(loss): folder / loss for loss in config["arguments"]["loss"]}
     runs = {name: run for name, run in named.items() if (run / "metrics.json").exists()}
     if not runs:
         raise InputError(f"{folder}: none of its losses is finished; go on with gdrt.py --resume")
     table = evaluate.result_table(folder, [run.name for run in runs.values()])
     split = table[0][0]
-    before = read_json(next(iter(runs.values())) / "metrics.json")
-    models = {BEFORE: before["baselines"]["before"][split]}
-    audits = {BEFORE: before["audit"]["before"]}
+    results = {name: read_json(run / "metrics.json") for name, run in runs.items()}
+    first = next(iter(results.values()))  # all hold the same figures from before the training
+    models = {BEFORE: first["baselines"]["before"][split]}
+    models |= {name: result[split] for name, result in results.items()}
+    audits = {BEFORE: first["audit"]["before"]}
+    audits |= {name: result["audit"]["after"] for name, result in results.items()}
     logs = {}
     for name, run in runs.items():
-        result = read_json(run / "metrics.json")
-        models[name] = result[split]
-        audits[name] = result["audit"]["after"]
         if (run / "predictions.jsonl").exists():
             logs[name] = [line for _, line in evaluate.read_lines(run / "predictions.jsonl")]
     maps = [run / "heatmap.json" for run in runs.values() if (run / "heatmap.json").exists()]
