@@ -225,8 +225,11 @@ def rank(
     for indices in tqdm(batches, desc="rank", disable=hide_bar(), leave=False):
         batch = collate([trees[i] for i in indices], device)
         reader = reader_of(model, batch, radix, softmax)
-        token = batch.window.cpu().numpy(), batch.place.cpu().numpy()  # (N,) each
-        found.nll[token], found.legal_nll[token] = target_nlls(reader.logits, batch, prompts.trie)
+        nll, legal_nll = target_nlls(reader.logits, batch, prompts.trie)  # (N,) each
+        window = batch.window.cpu().numpy()
+        place = batch.place.cpu().numpy()
+        found.nll[window, place] = nll
+        found.legal_nll[window, place] = legal_nll
 
         first = batch.place == 0  # each window's first target token: there its search begins
         chosen = batch.window[first].tolist()  # B windows
@@ -251,7 +254,7 @@ def rank_by_all(model, prompts, windows, k=10, seen=None, **options):
     def rank_some(pieces):
         indices = np.concatenate(pieces)
         some = [windows[i] for i in indices]
-        own = seen and [seen[i] for i in indices]
+        own = None if seen is None else [seen[i] for i in indices]
         return indices, *rank(model, prompts, some, k, seen=own, **options)
 
     indices, *found = share_out(rank_some, pieces)

@@ -418,7 +418,7 @@ OTHER_LAYERS = "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "value"
 
 
 def add_lora(model, rank, seed, cfg):
-    """Freeze the model; add a trained alpha/r B A to its attention's projections W (2106.09685).
+    """Freeze the model, and add a trained alpha/r B A to its attention's W (arXiv 2106.09685).
 
     A (rank, in) is drawn as peft draws it; B (out, rank) is 0, so at first nothing changes. A model
     without such projections, or with one smaller than `rank`, is an InputError.
@@ -753,7 +753,7 @@ def open_run(folder, args, dataset):
     before = read_json(path)
     for name, value in arguments.items():
         old = before["arguments"].get(name)
-        # Data and models may have moved: their content is compared instead, below or later.
+        # Data and models may have moved: their content is compared, here and in write_config.
         moved = name in ("dataset", "model") and Path(value).is_dir()
         if value != old and not moved:
             raise InputError(
@@ -1044,7 +1044,8 @@ def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
     group_of = np.array(groups["group"])
     options = {"softmax": args.rank_softmax, "keep_seen": args.keep_seen, "device": cfg.device}
     parts = {}
-    if args.no_test or folder.name != "before":  # the untrained model validates no choice
+    # Validation is for choosing hyper-parameters, on which the untrained model does not depend.
+    if args.no_test or folder.name != "before":
         parts["valid"] = dataset.valid
     if not args.no_test:
         parts["test"] = dataset.test
@@ -1416,7 +1417,7 @@ def training_flags(add):
         type=positive(int),
         default=1,
         metavar="M",
-        help="micro-batches per update, to save memory; more than one cost a second forward",
+        help="micro-batches per update, to save memory; 2 or more cost a second forward pass",
     )
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate of AdamW")
     add(
