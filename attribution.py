@@ -609,7 +609,7 @@ def integrated(log_prob, N, E, delta, steps):
 def prompt_spans(prompts, window, tree):
     """The parts of a prompt that hold tokens: [{name, kind, start, end}].
 
-    kind: bos, template, user (one item of the history, by whose number it is named) or title.
+    kind: bos, template, user (one item of the history, named by its number) or title.
     """
     parts = [("BOS", "bos", len(prompts.bos)), ("task", "template", len(prompts.task))]
     for item in window.items[window.start + tree.dropped : window.stop]:

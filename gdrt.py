@@ -724,8 +724,9 @@ def open_dataset(folder, args, cfg):
         domain = domain or read_json(folder / "config.json").get("domain")
     options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
     dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=domain, **options)
-    config = open_run(folder, args, dataset) if cfg.rank == 0 else None
+    config = None
     if cfg.rank == 0:
+        config = open_run(folder, args, dataset)
         print_stats(dataset)
         barrier(cfg)
     return dataset, config
