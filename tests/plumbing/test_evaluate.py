@@ -428,7 +428,7 @@ def test_report_from_the_command(runs, tmp_path, capsys):
             lambda run: (run / "config.json").write_text(
                 (run / "config.json").read_text().replace('"data": "', '"data": "x')
             ),
-            "has changed since this run",
+            "is not this run's, or has changed since",
         ),
     ],
 )
