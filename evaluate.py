@@ -1280,8 +1280,9 @@ def fmt(x, digits=3):
 def result_table(folder, losses):
     """(header, rows): popularity, before fine-tuning and each loss, at most 100 columns wide.
 
-    On test windows, or on validation where the run has --no-test. Seconds: warm-up, training and,
-    except for SFT, relevance.
+    On test windows, or on validation where the run has --no-test. aux share: over legal
+    continuations, so that the tokens that only spell a title have no part in it. Seconds: warm-up,
+    training and, except for SFT, relevance.
     """
     runs = {loss: read_json(Path(folder) / loss / "metrics.json") for loss in losses}
     some = runs[losses[0]]
@@ -1289,7 +1290,7 @@ def result_table(folder, losses):
 
     def row(name, metrics, audit, seconds):
         numbers = [fmt(metrics[column], 4) for column in COLUMNS]
-        share = audit["ablation"]["auxiliary share"] if audit else None
+        share = audit["legal ablation"]["auxiliary share"] if audit else None
         return (name, *numbers, fmt(share), fmt(seconds, 0))
 
     baselines = some["baselines"]
