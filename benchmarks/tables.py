@@ -48,6 +48,7 @@ UNTRAINED = {
     "toy-shop": {"dataset": "toy", "start": "untrained"},
 }
 MAIN_EPOCHS = 3
+OWN_DATA = {"ml-100k", "toy", "toy-short"}  # all others are folders
 
 
 # ------------------------------------------------------------------------------------------------
@@ -82,15 +83,15 @@ def rows_of(lines, wanted):
     return {row: seeds for row, seeds in pick(lines, **wanted).items() if "=" not in row}
 
 
-def on_validation(lines):
-    """What the lines of SFT and GDRT say of validation windows, as lines of trials are.
+def on_validation(lines, rows=("sft", "gdrt uniform")):
+    """What the lines of these rows say of validation windows, as lines of trials say it.
 
     A row's name has no epochs.
     """
     trials = []
     for line in lines:
         row = line["row"].split(" epochs=")[0]
-        if "valid" in line and row in ("sft", "gdrt uniform"):
+        if "valid" in line and row in rows:
             kept = {name: value for name, value in line.items() if name != "test"}
             kept |= {"row": row, "arguments": line["arguments"] | {"no_test": True}}
             trials.append(kept)
@@ -376,7 +377,9 @@ def mean_ndcg(row, seeds):
 def diagnosis_table(results, lines):
     """What was measured after the warm-up beside what GDRT then gained, on validation windows."""
     setups = {}
-    for line in on_validation(lines):
+    in_folders = [line for line in lines if line["arguments"]["dataset"] not in OWN_DATA]
+    by_ablation = on_validation(in_folders, ["gdrt uniform by ablation"])  # there by nothing else
+    for line in on_validation(lines) + by_ablation:
         a = line["arguments"]
         if "diagnosis" in line and a["loss"] in ("sft", "gdrt"):
             setup = (a["dataset"], a["windows"] or np.inf, a["epochs"])
@@ -456,7 +459,7 @@ def power_table(results, lines):
 
 def folders_of(lines, start):
     """{name: what picks its lines} of the folders that the transfer experiments read."""
-    names = {line["arguments"]["dataset"] for line in lines} - {"ml-100k", "toy"}
+    names = {line["arguments"]["dataset"] for line in lines} - OWN_DATA
     settings = {}
     for name in sorted(names):
         wanted = {"dataset": name, "start": start}
