@@ -178,7 +178,8 @@ LEGEND = (
     "Means over seeds; [95% interval] of the paired difference to SFT, of a single seed over users "
     "alone; bold where it excludes zero. Title NLL and NLL by group: held out, nats over legal "
     "continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of taste), "
-    "compared where both were read by the same groups. aux:user: attribution by ablation. seconds: "
+    "compared where both were read by the same groups. aux:user: attribution by ablation over the "
+    "vocabulary; aux share: over legal continuations, so of tokens with a choice alone. seconds: "
     "training, warm-up and grouping included."
 )
 RULE = (
@@ -231,6 +232,11 @@ def aux_ratio(line):
     return aux_share / (1 - aux_share)
 
 
+def legal_aux_share(line):
+    """Auxiliary share of attribution over legal continuations, as `gdrt.py` prints it."""
+    return line["audit"]["legal ablation"]["auxiliary share"]
+
+
 def cost(line):
     """Seconds of training, with the warm-up and whatever grouping took."""
     return sum(line["seconds"][name] for name in ("warm-up", "train", "relevance"))
@@ -273,7 +279,8 @@ def by_window(results, row, sft, name, seen_target=False):
 # What only a part of the windows has, too.
 BY_WINDOW = ("seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT, nats")
 FAIRNESS = ("NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "DGU@5", "coverage@10")
-COLUMNS = (*BY_WINDOW, *FAIRNESS, "aux:user", "seconds")
+AUX_COLUMNS = ("aux:user", "aux share", "aux share to SFT")
+COLUMNS = (*BY_WINDOW, *FAIRNESS, *AUX_COLUMNS, "seconds")
 VALIDATION = (*BY_WINDOW, *FAIRNESS, "seconds")
 HEADLINE = (
     *("seeds", "NDCG@10", "to SFT, %", "title NLL", "to SFT, nats"),
@@ -289,10 +296,11 @@ MEANS = {  # column: what reads it off a line, format
     "DGU@5": (metric("DGU@5"), "{:.4f}"),
     "coverage@10": (metric("coverage@10"), "{:.3f}"),
     "aux:user": (aux_ratio, "{:.2f}"),
+    "aux share": (legal_aux_share, "{:.3f}"),
     "seconds": (cost, "{:.0f}"),
 }
 ABSENT = {
-    "popularity": ("title NLL", "to SFT, nats", "NLL by group", "aux:user", "seconds"),
+    "popularity": ("title NLL", "to SFT, nats", "NLL by group", *AUX_COLUMNS, "seconds"),
     "before": ("seconds",),
 }
 
@@ -319,6 +327,8 @@ def cell(results, column, row, sft, seen_target=False):
         return span(absolute)
     if column == "group 0 to SFT":
         return span(group_zero_to_sft(row, sft))
+    if column == "aux share to SFT":
+        return span(by_seed(row, sft, legal_aux_share))
     assert column == "MGU@5 to SFT", column
     return span(by_seed(row, sft, unfairness), "{:+.4f}")
 
