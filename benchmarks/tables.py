@@ -126,8 +126,8 @@ def interval(ours, base, windows):
     """Paired difference ours - base of outcomes by user -> (relative, absolute).
 
     ours, base: sums (S, U) by seed and user; windows: (U,) of each user. Each of the two results is
-    (mean, low, high), and both are resampled alike. With few seeds the interval is a little narrow
-    (by 11% at 5, 18% at 3, in what is owed to seeds).
+    (mean, low, high), the ends NaN where there is no interval, and both are resampled alike. With
+    few seeds the interval is a little narrow (by 11% at 5, 18% at 3, in what is owed to seeds).
     """
     a = resample(ours, windows)  # (draws,)
     b = resample(base, windows)
@@ -135,7 +135,9 @@ def interval(ours, base, windows):
     mean_a = ours.sum() / n
     mean_b = base.sum() / n
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = (mean_a / mean_b - 1, *np.percentile(a / b - 1, (2.5, 97.5)))
+        relative = np.array([mean_a / mean_b - 1, *np.percentile(a / b - 1, (2.5, 97.5))])
+    if not b.min() > 0:  # a draw without any hit: nothing is known relative to it
+        relative[1:] = np.nan
     return relative, (mean_a - mean_b, *np.percentile(a - b, (2.5, 97.5)))
 
 
@@ -371,11 +373,11 @@ def epochs_table(results, lines, wanted):
     best = {}
     for name in ("sft", "gdrt uniform"):
         tried = [epochs for epochs, loss in rows if loss == name]
-        best[name] = max(tried, key=lambda epochs: mean_ndcg(rows[epochs, name], everywhere))
-    if everywhere:
-        for name, epochs in best.items():
-            row = rows[epochs, name]
-            body.append([f"best: {epochs}", *cells(name, row, rows[best["sft"], "sft"])])
+        if tried and everywhere:
+            best[name] = max(tried, key=lambda epochs: mean_ndcg(rows[epochs, name], everywhere))
+    for name, epochs in best.items():
+        sft = rows.get((best.get("sft"), "sft"), {})
+        body.append([f"best: {epochs}", *cells(name, rows[epochs, name], sft)])
     return markdown(["epochs", "", *VALIDATION], body)
 
 

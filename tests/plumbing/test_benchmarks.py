@@ -246,7 +246,10 @@ def test_relevance_against_the_planted_bias():
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_the_study_derives_the_default_relevance(method):
-    """From attributions along the four edges of a square, which close by ablation."""
+    """From attributions along the four edges of a square, which close by ablation.
+
+    Without the rule that a token certain without the user has r = 1, which comes on top.
+    """
     model = small_model()
     prompts = random_prompts(2, 12, letters=4)
     windows = random_windows(12, 3)
@@ -254,6 +257,7 @@ def test_the_study_derives_the_default_relevance(method):
     found = relevance.measure(model, prompts, sample, method)
     r, _ = relevance.definitions(found, method, prompts)[f"{method}, floor 0.5"]
     expected = quality.relevance(model, prompts, windows, method)
+    r[quality.relevance(model, prompts, windows, "probability") == 1] = 1
     assert np.array_equal(np.isnan(r), np.isnan(expected))
     assert np.nanmax(np.abs(r - expected)) < 1e-6
     auxiliary, user, auxiliary_alone, user_alone = found["edges"]
@@ -505,7 +509,8 @@ def made_up(tmp_path):
         }
         share = ratio / (1 + ratio) * (1 + 0.001 * random.random())
         line = {"key": f"k{i}", "row": row, "arguments": grid | {"seed": seed} | arguments}
-        line |= {"test": test, "audit": {"ablation": {"auxiliary share": share}}}
+        shares = {"auxiliary share": share}
+        line |= {"test": test, "audit": {"ablation": shares, "legal ablation": shares}}
         line["seconds"] = {"warm-up": 10, "train": 40, "relevance": 4 if row == "gdrt" else 0}
         lines.append(line)
     outcomes.add_arrays(tmp_path, arrays)
@@ -649,15 +654,18 @@ def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_pa
         arguments = setting | {"seed": 0, "epochs": epochs, "no_test": True}
         seconds = {"warm-up": 1, "train": 2, "relevance": 0}
         line = {"key": str(i), "row": row, "arguments": arguments, "seconds": seconds}
-        outcomes.add_lines(tmp_path, [line | {"valid": metrics}])
+        outcomes.add_lines(tmp_path, [line | {"valid": metrics | {"NDCG@10": ndcg}}])
         values = {"NDCG@10": np.full(9, ndcg), "HR@10": np.ones(9), "legal NLL": np.ones(9)}
         table = outcomes.by_user(np.arange(9) // 3, np.ones(9), values)
         outcomes.add_arrays(tmp_path, {f"{i}/valid": table})
     rows = tables.sections(tmp_path, ("epochs",))["epochs"].splitlines()[2:]
     cells = [row.strip("| ").split(" | ") for row in rows]
-    assert [cell[:2] for cell in cells] == [["1", "sft"], ["1", "gdrt uniform"], ["2", "sft"]]
-    assert [cell[3] for cell in cells] == ["0.2000", "0.3000", "0.4000"]
+    assert [cell[:2] for cell in cells[:3]] == [["1", "sft"], ["1", "gdrt uniform"], ["2", "sft"]]
+    assert [cell[3] for cell in cells[:3]] == ["0.2000", "0.3000", "0.4000"]
     assert cells[1][4].startswith("**+50.0")
+    # And each loss after the epochs that are best for it.
+    assert [cell[:2] for cell in cells[3:]] == [["best: 2", "sft"], ["best: 1", "gdrt uniform"]]
+    assert cells[4][4].startswith("**-25.0")
 
 
 def diagnosed_line(loss, seed, ndcg, share):
