@@ -1,13 +1,14 @@
-"""Our attributions against captum's and against plain backwards: the same figures, sooner.
+"""Our attributions against captum's and against plain backwards: the same figures, faster.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/attribution_peer.py [RUN]     into results/attribution_peer.json;
                                                     exit code 1 where they disagree
 
-Same model, prompts and baselines (the mean embedding) on all sides, fp32. captum's LLMAttribution
-replaces tokens by a token, so its copy of the model has one more, whose embedding is the mean; it
-cannot touch the title's prefix, so the auxiliary segment, which holds the prefix, is compared with
-captum's FeatureAblation over the embeddings.
+All sides have the same model, prompts and baselines (the mean embedding), in fp32, but for the
+values of the backwards, which are compared in float64. captum's LLMAttribution replaces tokens by a
+token, so its copy of the model has one more, whose embedding is the mean. It cannot touch the
+title's prefix, so the auxiliary segment, which holds the prefix, is compared with captum's
+FeatureAblation over the embeddings.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def with_mean_token(model):
 def numbers(size):
     """A tokeniser whose text is the token ids, '17 4 256'.
 
-    Our prompts are pieces encoded one by one, so no text gives them back.
+    Our prompts are encoded piece by piece, so there may be no text with their ids.
     """
     tokenizer = Tokenizer(WordLevel({str(i): i for i in range(size)}, unk_token="0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -134,7 +135,7 @@ def prompt_by_prompt(model, prompts, windows, measure):
     return found
 
 
-MEASURES = {  # of ours; what an audit needs is the ablation of two segments at once
+MEASURES = {  # ours; an audit needs the ablation of both segments, made at once
     "ablation": lambda model, batch: ablations(model, batch, (AUXILIARY, (USER,)))[0].T,  # (N, 2)
     "template": lambda model, batch: ablations(model, batch, ((TEMPLATE,),))[0].T,  # (N, 1)
     "gradient": lambda model, batch: segment_gradient(model, batch, (USER,), points=1),  # (N,)
@@ -157,8 +158,8 @@ def captum_peers(model):
     longer, mean = with_mean_token(model)
     ids = numbers(mean + 1)
     given = functools.partial(llm_attribution, longer, ids, mean)
-    # Its default of cached outputs breaks with transformers 5.24: it passes a cache_position that
-    # no model reads any more.
+    # LLMAttribution caches outputs by default, which breaks with transformers 5.24: it passes a
+    # cache_position that no model reads any more.
     return {
         "LLMAttribution": functools.partial(given, use_cached_outputs=False),
         "LLMAttribution, whole title at once": functools.partial(given, forward_in_tokens=False),

@@ -1,15 +1,15 @@
-"""Where results lie: quality.jsonl has a line a run, outcomes.npz what the intervals are made of.
+"""Where results are kept: quality.jsonl, a line per run, and outcomes.npz, for the intervals.
 
     python benchmarks/outcomes.py FOLDER ...     take the runs of other folders into results/
 
 outcomes.npz is a zip of arrays, read with numpy.load(..., allow_pickle=False). A run named KEY has
 
     KEY/test or KEY/valid     float32 (11, U): a row for each of FIELDS, a column for each user
-    KEY/groups                int8 (items, L): the groups it was trained by, -1 where nothing is
+    KEY/groups                int8 (items, L): the groups it was trained by, -1: no target token
     groups-KEY/groups         the same for the groups by which the rows of a seed report their NLL
 
 Sums by user are enough: the bootstrap takes users with all their windows. An update writes the
-whole file anew beside the old one and then replaces it, so an interrupted one leaves the old.
+whole new file beside the old one before replacing it, so an interruption leaves the old one intact.
 Only one process may write to a folder at a time.
 """
 
@@ -29,7 +29,7 @@ KINDS = ("NDCG@10", "HR@10", "NLL", "legal NLL")
 SUMS = ("windows", *KINDS)
 FIELDS = ("user", *SUMS, *(f"seen {name}" for name in SUMS))  # seen: the target occurs in training
 
-# Finished runs were stored under the left-hand names. Their arguments, hence their keys, stay.
+# Older runs are stored under the left-hand names. Their arguments, hence their keys, are unchanged.
 ROWS_NOW = {
     "gdrt late uniform": "gdrt uniform, groups after SFT",
     "gdrt late": "gdrt, groups after SFT",
@@ -110,7 +110,7 @@ def add_lines(results, lines):
 
 
 def from_windows_folder(folder):
-    """The arrays of a folder as it was before outcomes.npz: windows/KEY.npz, a value a window."""
+    """The arrays of a folder from before outcomes.npz: windows/KEY.npz, with a value per window."""
     arrays = {}
     for path in sorted((folder / "windows").glob("*.npz")):
         with np.load(path, allow_pickle=False) as stored:

@@ -1,24 +1,24 @@
 """The evidence: a grid of trainings, one at a time, into results/; tables.py makes tables of it.
 
     python benchmarks/quality.py --quick          the headline on three seeds, into runs/quick
-    python benchmarks/quality.py power            SFT alone: the smallest difference to be seen
+    python benchmarks/quality.py power            SFT alone: the smallest detectable difference
     python benchmarks/quality.py tune-lr          and the other tune-: on validation windows alone;
-                                                  the winners go into CONFIG, by hand
+                                                  their winners are entered here, by hand
     python benchmarks/quality.py grid             and leave-one-out, toy, sweep, smollm2
     python benchmarks/quality.py smollm2-10k      LoRA on a language model, at 10,000 windows
-    python benchmarks/quality.py main             and untrained, epochs, toy-shop, toy-epochs: the
-                                                  tiny model as it starts today, untrained
+    python benchmarks/quality.py main             and untrained, epochs, few-windows, toy-shop,
+                                                  toy-epochs, toy-short: tiny, untrained at start
     python benchmarks/quality.py transfer --data PATH/office PATH/book      and transfer-uniform
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3             a part of it
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped,
 so any command can be interrupted and repeated. A line holds arguments, versions, commit, machine,
-seconds and every metric, on validation for trials, on test for the rest. outcomes.npz (see
-outcomes.py) holds what paired statistics are recomputed from.
+seconds and every metric on validation windows and, except for trials, on test windows. outcomes.npz
+(see outcomes.py) holds what paired statistics are recomputed from.
 
 Read `CONFIG` first, then `experiments`, then the controls, then `perform`. Losses of a seed share
-the SFT warm-up, the relevance and the batches, as in gdrt.py; the controls are nothing but other
-objectives and other tables of groups.
+the SFT warm-up, the relevance and the batches, as in gdrt.py; the controls only change the
+objective or the table of groups.
 """
 
 import argparse
@@ -54,8 +54,8 @@ from data import (
 )
 from evaluate import audit, evaluate_parts, list_metrics, popularity_lists, token_nlls
 
-# Chosen by tune-lr and tune-tau, by NDCG@10 on validation windows of ml-100k alone, before a test
-# window was read.
+# tune-lr chose lr and batch, tune-tau tau and prior, by NDCG@10 on validation windows of ml-100k
+# alone, before a test window was read.
 CONFIG = {
     "every": {
         "model": "tiny",
@@ -87,7 +87,7 @@ SETTINGS = {
     "toy-short": TOY_SHOP | {"dataset": "toy-short"},
     "transfer": FEW_WINDOWS,
     "transfer-uniform": FEW_WINDOWS | {"epochs": 4, "lr": 4e-3, "held": "ablation"},
-    # What two cores train in minutes: not tuned, the same for every loss.
+    # As much as two cores train in minutes; untuned, and the same for every loss.
     "smollm2": {
         "dataset": "ml-100k",
         "split": "leave-one-out",
@@ -102,7 +102,7 @@ SETTINGS = {
         "split": "leave-one-out",
         "windows": 10_000,
         "model": "smollm2-135m",
-        "held": "probability",  # what cuts the groups of held-out NLL: attribution takes too long
+        "held": "probability",  # cuts the groups of held-out NLL; attribution takes too long
         "lora": 8,
         "batch": 64,
         "epochs": 1,  # half an hour on one core
@@ -111,14 +111,14 @@ SETTINGS = {
 }
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
-# Row of a table: what makes it. The relevance `late` is gradient on the model that SFT has
-# finished, `permuted` deals gradient's groups out anew; see `measured` for the others.
+# The rows of the tables and the arguments that make them. The relevance `late` is gradient on the
+# model that SFT has finished; `permuted` shuffles gradient's groups; see `measured` for the others.
 ROWS = {
     "popularity": {"loss": "popularity"},
     "before": {"loss": "before"},
     "sft": {"loss": "sft"},
     "gdrt": {"loss": "gdrt"},
-    "gdrt uniform": UNIFORM,  # first in tune-leave-one-out, second in tune-tau
+    "gdrt uniform": UNIFORM,  # first in tune-leave-one-out, third in tune-tau
     "gdrt, groups after SFT": {"loss": "gdrt", "relevance": "late"},
     "gdrt uniform, groups after SFT": UNIFORM | {"relevance": "late"},
     "gdrt ablation": {"loss": "gdrt", "relevance": "ablation"},
@@ -175,7 +175,7 @@ TRIALS += ("tune-lr-lora", "untrained", "epochs", "few-windows", "toy-epochs", "
 
 
 def make_run(row, setting, seed, **changes):
-    """One run: its row, its arguments, and those of the start whose groups read its NLL."""
+    """One run: its row, its arguments, and those of the start whose groups split its NLL."""
     loss = ROWS[row]["loss"]
     config = CONFIG.get("gdrt" if loss == "fixed" else loss, {})
     base = CONFIG["every"] | config | setting | ROWS[row]
@@ -207,7 +207,7 @@ def key(arguments):
 def table_of(rows, setting, seeds):
     """Runs of a table, seed by seed, so that a seed's runs share their start.
 
-    What needs no training runs once.
+    Rows that need no training run once.
     """
     runs = []
     for seed, row in itertools.product(range(seeds), rows):
@@ -227,7 +227,7 @@ def trials(rows, setting, seeds=1, **values):
 
 
 def tuning_runs(name):
-    """The trials of an experiment that chooses something."""
+    """The trials of an experiment on validation windows alone."""
     grid = SETTINGS["grid"]
     pulls = {"tau": (1.0, 4.0, 16.0), "prior": ("uniform", "share")}
     if name == "tune-lr":  # what GDRT shares with SFT is chosen by SFT
@@ -239,7 +239,7 @@ def tuning_runs(name):
         lrs = (2e-3, 4e-3)
         sft = trials(["sft"], setting, lr=lrs, batch=(64, 128))
         return sft + trials(["gdrt"], setting, lr=lrs, prior=("uniform", "share"))
-    if name == "tune-lr-msl":  # above the edge of tune-lr; and MSL, which has trained at SFT's
+    if name == "tune-lr-msl":  # beyond tune-lr's largest; and for MSL, which had SFT's until then
         edge = trials(["sft", "gdrt"], grid, lr=[8e-3])
         return edge + trials(["msl"], grid, lr=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3))
     if name == "tune-groups":  # tune-tau again, by probability and with groups after SFT
@@ -313,7 +313,7 @@ def experiments(name, folders=()):
 
 
 def fixed_rule(q):
-    """Control: GDRT with its q held at (K,) throughout: does adapting matter, or the weights?"""
+    """Control: q stays at the given (K,): is it adapting that matters, or the weights?"""
 
     def rule(group_loss, count, state):
         weight = torch.tensor(q, device=count.device) * (count > 0)  # (K,)
@@ -324,9 +324,9 @@ def fixed_rule(q):
 
 @contextlib.contextmanager
 def focal_loss(gamma):
-    """Control: inside, training sees (1 - p)^gamma NLL (Lin et al. 2017) in the place of NLL.
+    """Control: inside, training sees (1 - p)^gamma NLL (Lin et al. 2017) in place of NLL.
 
-    Hard tokens weigh more, each by itself, which no rule for the weights of groups can say.
+    Each hard token weighs more by itself, which no rule for the weights of groups can express.
     """
     token_nll = gdrt.token_nll
 
@@ -342,7 +342,7 @@ def focal_loss(gamma):
 
 
 def rule_of(arguments, options):
-    """The loop's rule for a run. Fixed weights are the mean q of the equal GDRT run."""
+    """The loop's rule for a run. Fixed weights are the mean q of the matching GDRT run."""
     loss = arguments["loss"]
     if loss in ("sft", "focal"):
         return gdrt.sft_rule
@@ -368,7 +368,7 @@ class Start(NamedTuple):
     dataset: object
     setup: gdrt.Setup
     cfg: object  # gdrt.TrainConfig
-    folder: object  # TemporaryDirectory with the warm-up's checkpoint; goes with the Start
+    folder: object  # TemporaryDirectory of the warm-up's checkpoint, deleted with the Start
     before: dict  # the model's weights before the warm-up
     warm: dict  # and after it
     seconds: float  # of the warm-up
@@ -383,7 +383,7 @@ def copied(model):
 
 
 def train_span(setup, cfg, span, group, rule, n_groups, folder, checkpoint=None):
-    """Do the updates span[0] .. span[1] from the checkpoint, if one is given -> seconds."""
+    """Do the updates span[0] to span[1] - 1, from the checkpoint if one is given -> seconds."""
     return gdrt.train(
         setup.model,
         setup.prompts,
@@ -400,7 +400,7 @@ def train_span(setup, cfg, span, group, rule, n_groups, folder, checkpoint=None)
 
 
 def title_shape(prompts):
-    """(items, L): the shape of all that is known of each title's tokens."""
+    """(items, L): the shape of a table with one value for each token of each title."""
     return len(prompts.titles), prompts.trie.path.shape[1] - 1
 
 
@@ -415,10 +415,10 @@ def short_titles(name):
         data.DETAILS = words
 
 
-# Kept are the starts of softmax full and trie, and SFT's own where its learning rate differs.
+# Room for a seed's starts with full and with trie softmax, and one of another learning rate.
 @functools.lru_cache(maxsize=3)
 def start(text, data_dir, cache, device, precision):
-    """Start for JSON of {START argument: value, "path": of the data}, trained to the warm-up."""
+    """A Start trained to the warm-up's end; text: JSON of START's arguments and the data's path."""
     args = gdrt.parser().parse_args([])
     vars(args).update(json.loads(text), data_dir=data_dir, cache=cache, save_every=10**9)
     vars(args).update(device=device, precision=precision)
@@ -446,7 +446,7 @@ def begin(arguments, options):
 
 
 def train_rest(begun, group, rule, n_groups):
-    """Train the start's model from the warm-up's end on -> (seconds, [a line an update])."""
+    """Train the start's model from the warm-up's end on -> (seconds, [one line per update])."""
     span = (begun.setup.warmup, len(begun.setup.batches))
     checkpoint = Path(begun.folder.name) / "warmup" / "checkpoint.pt"
     with tempfile.TemporaryDirectory() as folder:
@@ -463,7 +463,7 @@ def train_rest(begun, group, rule, n_groups):
 def planted(dataset, prompts):
     """toy's own truth as r (items, L).
 
-    0 for the first token of a film chosen by taste, 1 where the prefix or fame decides.
+    0 for the first token of a product bought by taste, 1 where the prefix or fame decides.
     """
     r = np.ones(title_shape(prompts))
     r[[words[0] == "taste" for words in dataset.planted["words"]], 0] = 0
@@ -510,12 +510,12 @@ def unmasked_relevance(begun, name, seed):
 
 
 def measured(begun, name, seed):
-    """(r (items, L), seconds): the lowest values become group 0, NaN where nothing is trained.
+    """(r (items, L), seconds): the lowest values become group 0; NaN where there is no target.
 
-    Measured once a start. Beside the three relevances after the warm-up: 'late', by gradient on
-    the model that SFT has finished; 'random'; 'position' in the title; 'nll', minus the mean NLL
-    of the model before any user; 'planted', toy's own truth. The weights of the start's model are
-    overwritten.
+    Measured once per start. Besides the three relevances after the warm-up there are 'late', by
+    gradient on the model that SFT has finished; 'random'; 'position' in the title; 'nll', minus the
+    mean NLL of the model before any user; 'planted', toy's own truth. The weights of the start's
+    model are overwritten.
     """
     if name not in begun.measured:
         began = time.perf_counter()
@@ -540,8 +540,8 @@ def training_groups(begun, arguments):
 def held_groups(reference, run, results):
     """(group (items, L), K) by which held-out NLL is reported: those of the reference's relevance.
 
-    They are kept once measured. Relevance differs by rounding, hence with machine and threads; the
-    rows of a seed stay comparable because all read one table.
+    Once measured they are kept: relevance varies with rounding, so with machine and threads, but
+    the rows of a seed stay comparable because all use one table.
     """
     name = f"groups-{key(run['reference'] | {'loss': 'sft'})}/groups"
     is_planted = bool(reference.dataset.planted)
@@ -566,7 +566,7 @@ def evaluate_outcomes(begun, arguments, held, n_held):
     device = begun.cfg.device
     parts = {}
     for part in ("valid",) if arguments.get("no_test") else ("valid", "test"):
-        parts[part] = getattr(dataset, part)[:: arguments.get("thinned", 1)]  # every so many
+        parts[part] = getattr(dataset, part)[:: arguments.get("thinned", 1)]  # every n-th
     if arguments["loss"] == "popularity":
         found = {}
         for part, windows in parts.items():
@@ -660,7 +660,7 @@ def finished(results):
 
 
 def save(results, line, arrays):
-    """Arrays first, then the line, which makes the run count as finished; both whole or absent."""
+    """Arrays first, then the line, which makes the run count as finished; each whole or absent."""
     add_arrays(results, arrays)
     add_lines(results, [line])
 
@@ -710,7 +710,7 @@ def parser():
 
 
 def run_experiment(options):
-    """Do the chosen part of an experiment, and print its tables if it is to be seen at once."""
+    """Do the chosen part of an experiment, and print the tables of quick and of power."""
     runs = []
     for run in experiments(options.experiment, options.paths):
         if run["arguments"]["seed"] < options.seeds and run["name"] in options.rows:

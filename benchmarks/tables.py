@@ -1,14 +1,14 @@
-"""README's tables and figures from results/quality.jsonl and results/outcomes.npz alone.
+"""Tables and figures of results/README.md, from results/quality.jsonl and outcomes.npz alone.
 
     python benchmarks/tables.py [SECTION ...]            Markdown of what TITLES lists
-    python benchmarks/tables.py --readme --figures       into README.md between its markers,
-                                                         results/tables.md and results/figures/
+    python benchmarks/tables.py --readme --figures       into README.md, between its markers,
+                                                         tables.md and figures/ in results/
 
-How sure: accuracy and title NLL are known by user; users, with all their windows, and seeds are
-resampled together, and the run and SFT of one seed are compared on the same draw: the 2.5 and 97.5
-percentiles (`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by group,
-attribution) has a t interval over the seeds' paired differences (`seed_interval`): it knows the
-chance of training, not that of the users.
+How sure: accuracy and title NLL are known by user, so users, with all their windows, and seeds are
+resampled together, a run and SFT of the same seed on the same draw; the interval lies between the
+2.5 and 97.5 percentiles (`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by
+group, attribution) has a t interval over the seeds' paired differences (`seed_interval`), which
+covers the chance in training but not in who the users are.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from evaluate import resample
 
 # Student's t at 97.5%, by degrees of freedom.
 T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-DETECTED = 1.96 + 0.84  # standard errors that a two-sided 5% test sees in 80% of repetitions
+DETECTED = 1.96 + 0.84  # in standard errors: what a two-sided 5% test finds 80% of the time
 # The rows of a table begin with these; the rest follow in the order of running.
 FIRST = ("popularity", "before", "sft", "gdrt")
 
-# Lines without `start` are older: their tiny model had read titles before it saw users, so that
-# they stand in tables of their own.
+# Lines without `start` are older: their tiny model had read titles before it saw users, so they
+# have tables of their own.
 GRID = {"dataset": "ml-100k", "split": "time", "windows": 10_000, "start": None}
 ALL_WINDOWS = {"dataset": "ml-100k", "split": "leave-one-out", "windows": None}
 SETTINGS = {
@@ -63,7 +63,7 @@ def has(line, wanted):
 def pick(lines, tuning=False, **wanted):
     """{row: {seed: line}} of the lines with these arguments.
 
-    A row whose arguments changed keeps its newest only. tuning: the trials on validation windows.
+    Where a row's arguments have changed, only its newest count. tuning: pick the trials instead.
     """
     rows = {}
     for line in lines:
@@ -79,14 +79,14 @@ def pick(lines, tuning=False, **wanted):
 
 
 def rows_of(lines, wanted):
-    """pick of a setting's rows, those of a sweep (tau=10 and the like) apart."""
+    """pick of a setting's rows, without those of a sweep (tau=10 and the like)."""
     return {row: seeds for row, seeds in pick(lines, **wanted).items() if "=" not in row}
 
 
 def on_validation(lines, rows=("sft", "gdrt uniform")):
     """What the lines of these rows say of validation windows, as lines of trials say it.
 
-    A row's name has no epochs.
+    The number of epochs is dropped from a row's name.
     """
     trials = []
     for line in lines:
@@ -127,7 +127,7 @@ def interval(ours, base, windows):
 
     ours, base: sums (S, U) by seed and user; windows: (U,) of each user. Each of the two results is
     (mean, low, high), the ends NaN where there is no interval, and both are resampled alike. With
-    few seeds the interval is a little narrow (by 11% at 5, 18% at 3, in what is owed to seeds).
+    few seeds the interval is a little narrow (the part owed to seeds by 11% at 5, by 18% at 3).
     """
     a = resample(ours, windows)  # (draws,)
     b = resample(base, windows)
@@ -156,7 +156,7 @@ def seed_interval(differences):
 
 
 def detectable(sums, windows):
-    """Smallest difference of two losses' means that one may expect to see.
+    """Smallest difference between the means of two losses that one can expect to detect.
 
     sums (S, U) and windows (U,) are of ONE loss over S seeds. The standard error of such a
     difference, without any effect, is the larger of two: between seeds, the standard deviation of
@@ -193,7 +193,7 @@ RULE = (
 
 
 def verdict(estimate, low, high, claimed):
-    """RULE; claimed < 0 where a fall is stated."""
+    """The verdict by RULE; claimed < 0 where a fall is stated."""
     if claimed < 0:
         return verdict(-estimate, -high, -low, -claimed)
     if not low > 0:
@@ -278,7 +278,7 @@ def by_window(results, row, sft, name, seen_target=False):
     return interval(ours, base, windows)
 
 
-# What only a part of the windows has, too.
+# Columns that can also be had of a part of the windows.
 BY_WINDOW = ("seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT, nats")
 FAIRNESS = ("NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "DGU@5", "coverage@10")
 AUX_COLUMNS = ("aux:user", "aux share", "aux share to SFT")
@@ -336,7 +336,7 @@ def cell(results, column, row, sft, seen_target=False):
 
 
 def table(results, rows, columns=COLUMNS, seen_target=False):
-    """A line a row. seen_target: only windows whose target occurs in training."""
+    """One line per row. seen_target: only windows whose target occurs in training."""
     body = []
     for name, row in rows.items():
         sft = {} if name in FIRST[:3] else rows.get("sft", {})
@@ -351,8 +351,8 @@ def table(results, rows, columns=COLUMNS, seen_target=False):
 def epochs_table(results, lines, wanted):
     """SFT and GDRT after each number of epochs, on validation windows, compared at equal epochs.
 
-    Last, each loss after the epochs that are best for it, by the mean NDCG@10 of the seeds that all
-    numbers of epochs have.
+    Last, each loss at its own best number of epochs, by mean NDCG@10 over the seeds that all of
+    these rows have.
     """
     trials = on_validation(lines)
     rows = {}  # (epochs, row): {seed: line}
@@ -390,7 +390,7 @@ def diagnosis_table(results, lines):
     """What was measured after the warm-up beside what GDRT then gained, on validation windows."""
     setups = {}
     in_folders = [line for line in lines if line["arguments"]["dataset"] not in OWN_DATA]
-    by_ablation = on_validation(in_folders, ["gdrt uniform by ablation"])  # there by nothing else
+    by_ablation = on_validation(in_folders, ["gdrt uniform by ablation"])  # they lack gdrt uniform
     for line in on_validation(lines) + by_ablation:
         a = line["arguments"]
         if "diagnosis" in line and a["loss"] in ("sft", "gdrt"):
@@ -502,13 +502,13 @@ def judged(triple, claimed, form="{:+.1f}%", scale=100):
 
 
 def judged_cost(triple):
-    """As judged, of the share by which training takes longer."""
+    """As judged, of the share by which training takes longer; the mean alone decides."""
     word = "Confirmed" if triple[0] <= 0.1 else "weaker" if triple[0] <= 0.3 else "not found"
     return span(triple, "{:+.0f}%", 100) + f": *{word}*"
 
 
 def judge_setting(results, rows):
-    """One cell for each of STATEMENTS, from the rows of a setting. Tiny claims have no size."""
+    """One cell for each of STATEMENTS, from the rows of a setting. 1e-9: no size is stated."""
     sft, gdrt = rows["sft"], rows["gdrt"]
     both = sorted(set(sft) & set(gdrt))
     untouched = aux_ratio(next(iter(rows["before"].values()))) if "before" in rows else np.nan
@@ -561,8 +561,8 @@ def same_group(a, b, weight=None):
 def group_tables(results, lines, relevance):
     """[(items, L), ...]: the groups that GDRT by this relevance was trained with, one a seed.
 
-    -1 where there is no target token. Those by gradient also stand beside a seed's SFT. MSL has a
-    warm-up of its own, hence other groups.
+    -1 where there is no target token. Those by gradient may also be stored under a seed's SFT. MSL
+    has a warm-up of its own, hence other groups, and is left out.
     """
     kept = {}
     for line in lines:
@@ -580,8 +580,8 @@ def group_tables(results, lines, relevance):
 def agreement(a, b):
     """How far two seeds' groups (items, L) agree: (tokens, same group, by chance, correlation).
 
-    Of the targets of both trainings that lie outside the last group, which is a tie of the tokens
-    without a choice.
+    Only target tokens of both trainings count, and none of the last group, where the tokens without
+    a choice are tied.
     """
     last = a.max()
     both = (np.minimum(a, b) >= 0) & (np.maximum(a, b) < last)
@@ -789,7 +789,7 @@ def draw_curve(axes, curve, label):
 
 
 def pyplot():
-    """matplotlib's, drawing to files alone."""
+    """matplotlib's pyplot, drawing to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -819,9 +819,9 @@ def draw_sweeps(results, lines, path):
 
 
 def draw_epochs(lines, path):
-    """NDCG@10 of SFT and GDRT on toy's validation windows after so many epochs, as SVG.
+    """NDCG@10 of SFT and GDRT on toy's validation windows by number of epochs, as SVG.
 
-    A dot a seed; the line joins their means.
+    One dot per seed; the line joins their means.
     """
     plt = pyplot()
     wanted = UNTRAINED["toy-shop"] | {"no_test": True}
