@@ -1,19 +1,19 @@
-"""How good is a relevance: against planted truth, between seeds, in training; and of one run.
+"""How good each relevance is: against planted truth, between seeds, in training; and in one run.
 
     python benchmarks/relevance.py --shop                     toy: every definition, five seeds, and
                                                               trainings; into relevance-shop.json
     python benchmarks/relevance.py RUN                        into results/relevance.json
     python benchmarks/relevance.py RUN --others OTHER ...     do other seeds' warm-ups agree with it
 
-RUN is a loss's folder, such as runs/ml-100k-tiny-seed0/gdrt: it tells of one run's three
-relevances, before and after its warm-up, how they correlate and what the NLL of their groups is.
-To a model that has never seen users, the two groups least relevant to auxiliary tokens are about
-equally unknown: hence the warm-up. Agreement is told of the tokens with a choice; a token with one
-continuation is in the last group for all.
+RUN is a loss's folder, such as runs/ml-100k-tiny-seed0/gdrt. Its three relevances are measured
+before and after its warm-up: how they correlate, and what NLL their groups have. A model that has
+never seen users knows the two groups least relevant to auxiliary tokens about equally little, which
+is why there is a warm-up. Agreement is over the tokens with a choice, because a token with one
+continuation is always in the last group.
 
---shop measures every path's attribution once (`measure`) and derives all definitions from these
-(`definitions`). It keeps what is done in --work, so the same command goes on after an interruption.
-Its trainings are evaluated on validation windows alone.
+--shop measures the attribution along every path once (`measure`) and derives all definitions from
+that (`definitions`). It keeps what is done in --work, so that the same command goes on after an
+interruption. Its trainings are evaluated on validation windows alone.
 """
 
 import argparse
@@ -81,7 +81,7 @@ METHODS = "gradient", "ablation", "probability"
 
 
 def rank_correlation(a, b, weight):
-    """Spearman's correlation of a and b (n,), each entry counted weight (n,) times, mean ranks."""
+    """Spearman's correlation of a and b (n,), weighted by weight (n,); ties have a mean rank."""
 
     def ranks(x):
         _, index = np.unique(x, return_inverse=True)
@@ -95,7 +95,7 @@ def rank_correlation(a, b, weight):
 
 
 def area_under_curve(values, positive):
-    """Chance that a value of `positive` (n,) bool lies above one of the rest, ties half."""
+    """Chance that a value where `positive` (n,) lies above one of the rest; a tie counts half."""
     above = values[positive][:, None] - values[~positive]
     return float(((above > 0) + (above == 0) / 2).mean())
 
@@ -106,7 +106,7 @@ def with_choice(r, prompts):
 
 
 def frequency(windows, of):
-    """Windows that have each token of the mask `of` (items, L) as a target -> (n,)."""
+    """How many windows have each token of the mask `of` (items, L) as a target -> (n,)."""
     times = np.bincount([w.items[w.stop] for w in windows], minlength=len(of))
     return np.broadcast_to(times[:, None], of.shape)[of].astype(float)
 
@@ -119,9 +119,9 @@ def bias_found(r, prompts, dataset):
 
 
 def agreement_of(a, b, prompts, windows):
-    """[rank correlation, share in the same of 4 groups, that share by chance] of r a and b.
+    """[rank correlation, share in the same of 4 groups, that share by chance] of two relevances.
 
-    Of the tokens that have both and a choice; a, b: (items, L).
+    Over the tokens with a choice for which both, a and b (items, L), have a value.
     """
     of = with_choice(a, prompts) & ~np.isnan(b)
     weight = frequency(windows, of)
@@ -168,7 +168,10 @@ def edges_by_gradient(model, batch, legal):
 
 
 def edges_by_ablation(model, batch, legal):
-    """((4, softmaxes, N) nats along EDGES, CPU seconds of each corner); `ratio` takes three."""
+    """((4, softmaxes, N) nats along EDGES, CPU seconds of each corner).
+
+    Without Shapley, a relevance needs only the first three corners.
+    """
     E, _ = path_ends(model, batch, ())
     corners = []
     seconds = []
@@ -209,7 +212,7 @@ def quotient(aux, user, floor):
 
 
 def definitions(found, method, prompts, keep=None):
-    """{definition: (r (items, L), seconds)} of what `measure` found, of the tokens keep (N,)."""
+    """{definition: (r (items, L), seconds)} from what `measure` found for the tokens keep (N,)."""
     keep = np.ones(len(found["item"]), dtype=bool) if keep is None else keep
     place = found["item"][keep], found["place"][keep]
     plain = 2 if method == "gradient" else 3
@@ -241,14 +244,14 @@ TRAINED = {  # row: definition that its groups are of
     "no floor": "gradient, floor 0",
     "Shapley": "gradient, Shapley, floor 0.5",
     "regrouped": "gradient, floor 0.5",
-    # Random within the tokens with a choice; and the same with bestsellers above taste.
+    # Random for the tokens with a choice; planted order puts the biased above those of taste.
     "random order": "random order",
     "planted order": "planted order",
 }
 
 
 class Shop:
-    """What the study does with one seed of toy: its start, what is measured, what is trained."""
+    """One seed of the study on toy: its start, what it measures and what it trains."""
 
     def __init__(self, seed, folder, cache):
         self.seed, self.folder, self.cache = seed, folder, cache
@@ -311,7 +314,7 @@ class Shop:
             return dict(arrays)
 
     def relevances(self, moment, method):
-        """{definition: (r (items, L), seconds)}; on all windows also of a random half of them."""
+        """{definition: (r (items, L), seconds)}; of all windows, also by a random half of them."""
         found = self.measured(moment, method)
         if method == "probability":
             return {method: (found["r"], float(found["seconds"]))}
@@ -336,7 +339,7 @@ class Shop:
         return cut_groups(r, self.windows, 4)[0]
 
     def trained(self, row):
-        """Metrics on validation windows of a training, from its file or anew."""
+        """A training's metrics on validation windows, from its file or anew."""
         path = self.file(row, "json")
         if not path.exists():
             seconds = self.train_row(row)
@@ -369,7 +372,7 @@ class Shop:
 def describe_definition(by_seed, shop):
     """AUC of each seed, agreement of pairs of seeds, least seconds. by_seed: {seed: (r, seconds)}.
 
-    The toy and its tokens are the same for all seeds: any `shop` tells them.
+    The toy and its tokens are the same for all seeds, so any seed's `shop` will do.
     """
     prompts, windows = shop.prompts, shop.windows
     rs = [r for r, _ in by_seed.values()]
@@ -382,15 +385,15 @@ def describe_definition(by_seed, shop):
         "rank correlation of seeds": [round(pair[0], 4) for pair in pairs],
         "same group": [round(pair[1], 4) for pair in pairs],
         "same group by chance": [round(pair[2], 4) for pair in pairs],
-        # The least, for other jobs share the machine.
+        # The least, because other jobs share the machine.
         "seconds": round(float(min(seconds for _, seconds in by_seed.values())), 2),
     }
 
 
 def agreement_with_all(measured, shop):
-    """{definition by ablation: [`agreement_of` each seed]} of the sample's r with all windows' r.
+    """{definition by ablation: [each seed's `agreement_of`]} of r on some windows and r on all.
 
-    Beside the greedy sample, a random half of the windows.
+    Some are the greedy sample, or a random half of the windows.
     """
     result = {}
     everything = measured.get("all windows", {})
@@ -406,7 +409,7 @@ def agreement_with_all(measured, shop):
 
 
 def shop_plan():
-    """[(kind, name)] of all that is measured and trained of a seed, what matters most first."""
+    """[(kind, name)] of all that is measured and trained for a seed, what matters most first."""
     plan = [("measure", f"warm-up {method}") for method in METHODS]
     plan += [("train", row) for row in TRAINED]
     plan += [("measure", f"epoch 1 {method}") for method in ("gradient", "ablation")]
@@ -453,7 +456,7 @@ def shop_study(args):
 
 
 def described_training(found):
-    """{metric: {seed: value}} of the metrics of each seed that `Shop.trained` gave."""
+    """{metric: {seed: value}} from each seed's metrics, as `Shop.trained` returns them."""
     names = "NDCG@10", "MGU@5", "NLL", "legal NLL", "seconds"
     told = {}
     for name in names:
@@ -491,7 +494,7 @@ SHOWN = {  # moment: definitions that results/README.md shows; the file holds al
 
 
 def cells_of(told):
-    """Number of seeds, then the means that TOLD names, '' where there is no pair of seeds."""
+    """Number of seeds, then the means that TOLD names, or '' where there is no pair of seeds."""
     cells = [len(told["seeds"])]
     for _, name in TOLD:
         form = {"AUC": "{:.3f}", "seconds": "{:.1f}"}.get(name, "{:.2f}")
@@ -556,16 +559,16 @@ def measure_relevance(model, prompts, dataset, steps, seed):
 
 
 def full_vocabulary(model, prompts, dataset, steps, seed):
-    """r (items, L) by gradient of log p over the whole vocabulary."""
+    """r (items, L) by gradient, with log p over the whole vocabulary."""
     trees = build_trees(prompts, sample_windows(dataset.train, seed))
     aux, user, item, place, _ = attributions(model, trees, points=steps)
     return mean_by_place(ratio(aux, user), item, place, prompts)
 
 
 def describe(model, prompts, dataset, found, seconds, steps, seed):
-    """Correlations of the relevances in pairs, {method: [nats a test token by group]}, seconds.
+    """Pairwise correlations of the relevances, the NLL of their groups on test windows, seconds.
 
-    On toy also the AUC with which each finds the planted bias.
+    On toy, also the AUC with which each finds the planted bias.
     """
     nll, _, item, place, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
     groups = {}
@@ -641,7 +644,7 @@ def show(result):
 
 
 def one_run(args):
-    """What is told of args.run, and of how well args.others agree with it."""
+    """The result for args.run, with how well args.others agree with it."""
     config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
     flags = argparse.Namespace(**config["arguments"], cache=args.cache)
     for other in args.others:

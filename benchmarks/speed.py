@@ -7,9 +7,10 @@
                                                           into the same file
     python benchmarks/speed.py --table                    the table of what the file holds
 
-Both sides have the same weights, examples, precision and threads, and take turns: A B A B. A ratio
-is the median of the peer's rounds over the median of ours. A row keeps every round, and the
-machine, versions, commit and share it was made with.
+Both sides have the same weights, examples, precision and threads. Where one process times both,
+they take turns, A B A B, and their medians are compared. A ratio is ours over the peer's, in the
+row's unit. A row keeps what it measured, and the machine, versions, commit and share it was made
+with.
 
 Read `in_turns` first, then `trainer` (the training peer), `beam_search` (the decoding peer), then
 the rows, `ROWS` last.
@@ -84,13 +85,13 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "rope_theta": 100000.0,
 }
-# BPE vocabulary that gives the quoted titles of ml-100k 11.6 tokens, as SmolLM2's tokeniser does.
+# The BPE vocabulary with which ml-100k's quoted titles have 11.6 tokens, as they do in SmolLM2's.
 LIKE_SMOLLM2 = 3250
-TINY_PLAN = 128  # windows an update: gdrt.py's default
+TINY_PLAN = 128  # windows an update; gdrt.py's default is 64 today
 LARGE_PLAN = 40  # windows an update that a 135M model has time for on two cores
 LARGE_UPDATES = 24
 MINUTE = 60  # seconds of training where a row needs a trained model and --run names none
-ROUNDS = 8  # turns that a row's work is cut into
+ROUNDS = 8  # stretches of a training run whose median rate counts
 MEGABYTE = 1024 if sys.platform == "linux" else 1024**2  # in units of ru_maxrss
 
 
@@ -107,7 +108,7 @@ def seconds_of(function, *args):
 def in_turns(sides, pieces):
     """For each piece of work, each side in turn -> ({side: [seconds a piece]}, {side: [result]}).
 
-    The first piece runs twice: the first time warms caches and allocator and is not counted.
+    The first piece runs twice: its first run warms caches and allocator, and is not counted.
     """
     seconds = {name: [] for name in sides}
     results = {name: [] for name in sides}
@@ -121,14 +122,14 @@ def in_turns(sides, pieces):
 
 
 def median_rate(work, seconds):
-    """Median over ROUNDS stretches of a run of work per second. Both: one number an update."""
+    """Median rate over ROUNDS stretches of a run, from the work and the seconds of each update."""
     rounds = min(ROUNDS, len(seconds))
     stretches = zip(np.array_split(work, rounds), np.array_split(seconds, rounds))
     return float(np.median([sum(w) / sum(s) for w, s in stretches]))
 
 
 def peak_memory(*command):
-    """Run a command -> (its last line of output, peak resident MB), of the process alone.
+    """Run a command -> (its last line of output, the peak resident MB of its process alone).
 
     A process inherits the peak of the one that started it, so a small Python stands between us and
     the command.
@@ -152,7 +153,7 @@ def peak_memory(*command):
 def trainer_examples(trees):
     """Separate prompts (trees of one window) as a Trainer's dataset.
 
-    Labels stand on the target tokens, -100 elsewhere.
+    Labels are the target tokens, and -100 elsewhere.
     """
     examples = []
     for tree in trees:
@@ -189,9 +190,9 @@ def training_arguments(folder, batch, per_update, job):
 
 
 def trainer(model, tokenizer, examples, batch, per_update, job, between=lambda: None):
-    """transformers.Trainer on `examples` once -> seconds of each update.
+    """One epoch of transformers.Trainer on `examples` -> seconds of each update.
 
-    `between` runs after each update and is not counted.
+    `between` is called after each update, and its time is not counted.
     """
     transformers.logging.set_verbosity_error()
     seconds = []
@@ -205,7 +206,7 @@ def trainer(model, tokenizer, examples, batch, per_update, job, between=lambda: 
             between()
             self.start = time.perf_counter()
 
-    # As BIGRec and MSL train.
+    # BIGRec and MSL train with this collator.
     collator = transformers.DataCollatorForSeq2Seq(
         tokenizer, pad_to_multiple_of=8, return_tensors="pt"
     )
@@ -219,7 +220,7 @@ def trainer(model, tokenizer, examples, batch, per_update, job, between=lambda: 
 
 
 def fastest_batch(model, tokenizer, examples, per_update, candidates, job):
-    """(the batch at which Trainer is fastest, {batch: [seconds an update]}), on two updates."""
+    """(the batch at which Trainer is fastest, {batch: [seconds an update]}), from short trials."""
     chosen = np.random.default_rng(0).permutation(len(examples))[: 2 * per_update]
     trial = [examples[i] for i in chosen]
     speeds = {batch: [] for batch in candidates}
@@ -290,7 +291,7 @@ def adamw(model, lr):
 def sft_step(model, prompts, job, lr, scale=lambda: 1.0):
     """A function of a batch of trees that does one SFT update of gdrt.py on the model.
 
-    scale: called before each update -> the learning rate over `lr`.
+    scale() is called before each update and returns the factor on `lr`.
     """
     model = in_training(model, job)
     optimizer = adamw(model, lr)
@@ -331,7 +332,7 @@ SHAPES = ["The {1} {0}", "{0} to {2}", "{2} {0}", "The {1} {0} of {2}", "{1} {0}
 def made_dataset(size=20_000, users=3000):
     """A catalogue of `size` titles from word lists, seeded, in ml-100k's style.
 
-    Users choose within two of its kinds.
+    Each user chooses titles of two kinds.
     """
     random = np.random.default_rng(0)
     kind_of = {}  # title -> kind
@@ -353,9 +354,9 @@ def made_dataset(size=20_000, users=3000):
 
 
 def like_smollm2(dataset):
-    """A byte-level BPE with SmolLM2's splitting that cuts titles as fine as SmolLM2's own does.
+    """A byte-level BPE that cuts titles as finely as SmolLM2's own does.
 
-    Digits stand one by one.
+    It splits text as SmolLM2's does, each digit on its own.
     """
     tokenizer = Tokenizer(BPE())
     splits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -391,7 +392,7 @@ def start(dataset, large=False):
 def trained(name, run=None):
     """(model, tokenizer, prompts) of a finished run.
 
-    Without one: of a tiny model that is trained on the dataset `name` for MINUTE seconds here.
+    Without a run, a tiny model is trained here for MINUTE seconds on the dataset `name`.
     """
     dataset = dataset_of(name)
     if run is not None:
@@ -426,7 +427,7 @@ def batches_of(trees, plan):
 
 
 def part_of(values, share, seed=0):
-    """A seeded share of a list, in its order; at least one."""
+    """A seeded share of a list, in the list's order; at least one element."""
     keep = max(1, round(share * len(values)))
     return [values[i] for i in sorted(np.random.default_rng(seed).permutation(len(values))[:keep])]
 
@@ -501,8 +502,8 @@ def gdrt_update(args):
 def token_backwards(model, prompts, windows, at_once=1):
     """d log p / ds of every target token at the path's middle, one backward each -> (N,).
 
-    Window by window. at_once > 1 is the best one can do with backwards: the k-th tokens of several
-    prompts, which share nothing, in one.
+    In the order of the windows. at_once > 1 is the best that backwards can do: one backward for the
+    k-th tokens of several prompts, which share nothing.
     """
     parts = []
     for start in range(0, len(windows), at_once):
@@ -522,7 +523,7 @@ def token_backwards(model, prompts, windows, at_once=1):
 
 
 def relevance_in_turns(model, prompts, sample, share):
-    """in_turns of one path point by us, by one backward a token, and by 16 prompts at once."""
+    """`in_turns` of one path point: ours, a backward for each token, and 16 prompts at once."""
     trees = build_trees(prompts, sample)
     pieces = []
     for piece in part_of(batches_of(trees, by_length(trees)), 0.25 * share):
@@ -597,8 +598,7 @@ def title_continuations(prompts):
 def beam_search(model, prompts, windows, batch_size, k=10):
     """Scores (n, k), best first, by generate() constrained to the titles, as MSL, BEAR and D3 do.
 
-    renormalize_logits takes the log-softmax again after the mask, which is the log-softmax over
-    legal continuations.
+    renormalize_logits takes the log-softmax again after the mask, and so over legal continuations.
     """
     legal = title_continuations(prompts)
     trees = build_trees(prompts, windows, pack=False, targets=False)
@@ -675,9 +675,9 @@ def search_row(args):
 
 
 def catalogues(args):
-    """Exact search as the catalogue grows: a model trained on each for a minute.
+    """Exact search as the catalogue grows, with a model trained on each for a minute.
 
-    Each is searched in a process of its own, for time and memory.
+    Each search has a process of its own, which tells its time and memory.
     """
     curve = []
     for name in ["ml-100k", *([args.data] if args.data else []), "made"]:
@@ -696,7 +696,7 @@ def catalogues(args):
 def child_search(name, run, users, rows=32):
     """In its own process: rank test users.
 
-    Returns time, prefixes forwarded, and memory a user of a batch of `rows`.
+    Returns time, prefixes forwarded, and memory for each of the `rows` users ranked at once.
     """
     dataset = dataset_of(name)
     model, _, prompts = trained(name, run)
@@ -718,7 +718,7 @@ def child_search(name, run, users, rows=32):
 
 
 def ranks(args):
-    """Evaluation of one model, by one process and shared out between two: time and peak memory.
+    """Time and peak memory of evaluating one model by one process, and by two that share the work.
 
     Each process has one thread, so that two of them have twice the cores.
     """
@@ -782,9 +782,9 @@ def child_evaluation(run, users, rank, world, port):
 
 
 def memory(args):
-    """Peak resident memory: gdrt.py --dataset ml-100k from start to end, and Trainer.
+    """Peak resident memory of gdrt.py on ml-100k from start to end, and of Trainer.
 
-    Trainer runs at its fastest batch, on a quarter of an epoch.
+    Trainer runs a quarter of an epoch at the batch that was fastest in train-tiny, or else at 16.
     """
     known = read_results(args.out)["rows"].get("train-tiny", {}).get("peer batch size", 16)
     with tempfile.TemporaryDirectory() as folder:
@@ -800,7 +800,7 @@ def memory(args):
 
 
 def child_trainer(batch, share):
-    """In its own process: the Trainer over one epoch."""
+    """In its own process: the Trainer, once over a share of the training windows."""
     dataset = dataset_of("ml-100k")
     model, tokenizer, prompts = start(dataset)
     windows = gdrt.draw_windows(dataset.train, round(float(share) * len(dataset.train)), 0)
@@ -814,7 +814,7 @@ def node_count(trees):
 
 
 def lora_memory(args):
-    """What training holds between two updates, by --lora 8 --precision bf16 and by all weights."""
+    """What training in bf16 holds at the end of an update, with --lora 8 and with all weights."""
     held = {}
     peak = {}
     for lora, name in ((8, "--lora 8"), (0, "all weights")):
@@ -865,9 +865,9 @@ def child_held(rank):
 
 
 def useful_flops(model, trees):
-    """FLOPs that one update of `trees` needs: products forward and twice that backward.
+    """FLOPs that one update of `trees` needs: matrix products forward, and twice that backward.
 
-    No padding, no masked pair.
+    Padding and masked pairs of tokens do not count.
     """
     config = model.config
     weights = 0
@@ -876,7 +876,7 @@ def useful_flops(model, trees):
             weights += p.numel()
     nodes = node_count(trees)
     targets = sum(len(tree.label) for tree in trees)
-    # A node sees its ancestors and itself; q k and p v are a product and a sum each.
+    # A node sees its ancestors and itself; q k and p v each take a multiplication and an addition.
     pairs = sum(int((tree.position + 1).sum()) for tree in trees)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -896,7 +896,7 @@ def product_rate(precision, shape=(4096, 4096, 4096)):
 
 
 def operators(step, most=10):
-    """Shares of an update's time by operator -> {name: share}, the largest first."""
+    """{operator: its share of an update's time}, the largest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -907,12 +907,12 @@ def operators(step, most=10):
 
 
 def limit_case(large, per_update, updates, precision, compiled):
-    """The update of one model in one precision against products of matrices, in turns."""
+    """The update of one model in one precision, in turns with matrix products."""
     dataset = dataset_of("ml-100k")
     job = default_job(precision)
     model, _, prompts = start(dataset, large)
     if compiled:
-        # The first update is to tell what compiling costs.
+        # Without a cache the first update tells what compiling costs.
         torch._inductor.config.force_disable_caches = True
         for layer in model.model.layers:
             layer.compile(dynamic=True)
@@ -947,9 +947,9 @@ def limit_case(large, per_update, updates, precision, compiled):
 
 
 def limit(args):
-    """Useful FLOP/s of the training update over the machine's matrix product rate.
+    """Useful FLOP/s of the training update over those of the machine's matrix products.
 
-    The rate is measured in turns with the update.
+    The two are measured in turns.
     """
     cases = {  # name: large, windows an update, updates, precision, compiled
         "tiny": (False, TINY_PLAN, 40, "auto", False),
@@ -1012,7 +1012,7 @@ ROWS = {  # name: (function, what, peer, what it must reach)
 }
 
 
-# What rows run in processes of their own.
+# The parts of rows that run in processes of their own.
 CHILDREN = {
     "search": child_search,
     "evaluation": child_evaluation,
@@ -1037,7 +1037,7 @@ def met(ratio, goal):
 
 
 def table_line(case, what, peer, goal, share):
-    """The cells of a row, or of one of the precisions in which the limit is measured."""
+    """The cells of a row, or of one of the cases for which the limit is measured."""
     figures = [f"{case[side]:.4g}" if side in case else "" for side in ("ours", "peer")]
     precision = f", {case['precision']}" if "precision" in case else ""
     reached = goal + ("" if met(case["ratio"], goal) else ", missed")
@@ -1059,12 +1059,12 @@ def curve_table(curve):
 
 
 def table(results):
-    """The table of all rows there are, then the curve of the catalogues and the limits, as text."""
+    """The table of all rows in the file, the limit's cases included, and the catalogues' curve."""
     lines = []
     for name, (_, what, peer, goal) in ROWS.items():
         if name in results["rows"] and goal:
             row = results["rows"][name]
-            # The limit has a case for each precision, all other rows are one case.
+            # The limit has several cases of the large model; every other row is one case.
             for case in [row[key] for key in row if key.startswith("135m")] or [row]:
                 lines.append(table_line(case, what, peer, goal, row["share"]))
     header = ("what, against what", "ours", "peer", "unit", "ratio", "goal", "share")
@@ -1146,7 +1146,7 @@ def main(argv=None):
 
 
 def processor():
-    """The name of the processor, '' where /proc does not tell."""
+    """The name of the processor, or '' where /proc does not tell it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:

@@ -30,7 +30,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Marked tests run only when -m asks for them.
 
-    Under xdist, a file's tests share a process, and so what its fixtures have made.
+    Under xdist, a file's tests share a process, and so share what its fixtures have made.
     """
     for item in items:
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -102,7 +102,7 @@ def separate_nll(model, prompts, window, skip=0):
 
 
 def in_order(batch, values):
-    """Values (N,) of a batch sorted by window and place, as the separate prompts come."""
+    """Values (N,) of a batch sorted by window and place, the order of the separate prompts."""
     order = sorted(range(len(values)), key=lambda n: (int(batch.window[n]), int(batch.place[n])))
     return values[order]
 
@@ -128,7 +128,7 @@ def score(logits, labels, legal=None):
 
 
 def continuations(prompts):
-    """{prefix: tokens that some title, with EOS, has after it}."""
+    """{prefix: tokens that follow it in some title}, EOS included."""
     legal = {}
     for title in prompts.titles:
         tokens = [*title, prompts.eos]
@@ -237,7 +237,7 @@ def small_model(
 
 
 def write_folder(folder, users=24, items=14, seed=0):
-    """RecBole files of random ratings: `users` who rate 9 to 12 of `items` films, or all."""
+    """RecBole files of random ratings: each user rates 9 to 12 films, or all if there are fewer."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -260,7 +260,7 @@ def write_folder(folder, users=24, items=14, seed=0):
 def small(tmp_path_factory):
     """Flags of a run that takes a second: 24 users, 14 films, a random Llama of one layer.
 
-    The model drops out, so that a run depends on the random state, too.
+    The model has dropout, so that a run depends on the random state, too.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -291,7 +291,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def steady(small, tmp_path_factory):
-    """The flags of `small` with a model that drops nothing out.
+    """The flags of `small` with a model that has no dropout.
 
     Packing, ranks and micro-batches change nothing for such a model.
     """
@@ -328,7 +328,7 @@ def json_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# Keys of what a clock or git says; all else is equal where the seed is.
+# Keys of what a clock or git says; all else is equal if the seed is.
 OUTSIDE = {"seconds", "windows_per_s", "time", "commit"}
 
 
@@ -342,7 +342,7 @@ def reproducible(value):
 def contents(folder):
     """{path: what it holds} of a run folder.
 
-    Tensors of checkpoints, JSON without times, and the bytes of all the rest.
+    Checkpoints with tensors as lists, JSON without times, and the bytes of all other files.
     """
     import json
 
@@ -373,7 +373,7 @@ def contents(folder):
 
 # ---------------------------------------------------------------- real processes
 
-# The fork server has imported torch once: a new process takes milliseconds.
+# The fork server imports torch once, so that a new process takes milliseconds.
 processes = multiprocessing.get_context("forkserver")
 
 

@@ -46,7 +46,7 @@ ROWS = (
 
 @pytest.fixture(scope="module")
 def little():
-    """(toy, an untrained model of one thin layer, tokenizer, prompts): no test needs skill."""
+    """(toy, an untrained thin model, tokenizer, prompts): no test needs a good model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     threads = torch.get_num_threads()
@@ -246,9 +246,9 @@ def test_relevance_against_the_planted_bias():
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_the_study_derives_the_default_relevance(method):
-    """From attributions along the four edges of a square, which close by ablation.
+    """From attributions along a square's four edges; by ablation, they add up to 0 around it.
 
-    Without the rule that a token certain without the user has r = 1, which comes on top.
+    The study lacks the rule that r = 1 for a token certain without a user, so the test adds it.
     """
     model = small_model()
     prompts = random_prompts(2, 12, letters=4)
@@ -309,7 +309,7 @@ def test_lora_is_part_of_a_key_and_of_a_start_only_where_it_is_used():
 
 
 def test_a_run_with_lora_trains_from_its_start_and_leaves_the_weights(little, tmp_path):
-    """By ablation; SFT after it starts where it did."""
+    """SFT starts in the same place before and after a run of GDRT by ablation."""
     dataset, model, tokenizer, _ = little
     small = replace(dataset, valid=dataset.valid[:12], test=dataset.test[:12])
     setting = {"dataset": "toy", "split": "leave-one-out", "windows": 200, "batch": 64}
@@ -399,7 +399,7 @@ def by_user_sums(several, user):
 
 def test_interval_against_a_plain_bootstrap():
     random = np.random.default_rng(1)
-    # Unequal users, not sorted upwards.
+    # Users have unequal numbers of windows and come in descending order.
     user = np.repeat(np.arange(30), random.integers(1, 9, 30))[::-1]
     base = random.random((4, len(user))) + random.random(30)[user]
     lead = 0.1 + 0.3 * random.standard_normal(30)[user]
@@ -417,7 +417,7 @@ def test_interval_against_a_plain_bootstrap():
     assert absolute[1:] == pytest.approx(np.percentile(a - b, (2.5, 97.5)), abs=0.08 * width)
     ends = np.percentile(a / b - 1, (2.5, 97.5))
     assert relative[1:] == pytest.approx(ends, abs=0.08 * np.ptp(relative[1:]))
-    # Were windows independent: a clear mistake here.
+    # If windows were taken as independent, the interval would be clearly too narrow.
     sums, sizes = by_user_sums((ours, base), random.permutation(user))
     shuffled = tables.interval(*sums, sizes)[1]
     assert np.ptp(shuffled[1:]) < 0.9 * width
@@ -436,7 +436,7 @@ def test_seed_interval_and_power():
 
     found = [detectable(random.standard_normal((5, 400))) for _ in range(20)]
     exact = 2.8 * (2 / 5 / 400) ** 0.5
-    # The larger of two estimates lies above.
+    # detectable takes the larger of two estimates, which lies above the exact value.
     assert min(found) > 0.95 * exact and np.mean(found) < 1.35 * exact
     wide = detectable(random.standard_normal((5, 400)) + np.array([[0.0, 1, 2, 3, 4]]).T)
     assert wide == pytest.approx(2.8 * np.std([0, 1, 2, 3, 4], ddof=1) * (2 / 5) ** 0.5, rel=0.2)
@@ -485,7 +485,7 @@ def made_up_rows():
 def made_up(tmp_path):
     """Results where GDRT's NDCG@10 is 0.01 above SFT's 0.05 for every window.
 
-    MGU is 40% lower; the ratios of auxiliary to user attribution are 1, 6 and 3 to 1.
+    MGU is 40% lower; auxiliary over user attribution is 1 before training, 6 for SFT, 3 for GDRT.
     """
     random = np.random.default_rng(0)
     user = np.repeat(np.arange(20), 5)
@@ -554,13 +554,13 @@ def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(made_up, ca
         [" epochs ", " 4 "],
         [" epochs ", " 8 "],
     ]
-    # To SFT with as many epochs: 0.05 to 0.04.
+    # Against SFT with as many epochs: 0.05 to 0.04.
     last = text["sweep"].splitlines()[-1].split("|")
     assert last[3].startswith(" 0.04") and last[5].startswith(" **+25.0 [")
     old = "# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n"
     (made_up / "README.md").write_text(old)
     tables.main(["--results", str(made_up), "--readme", "--figures"])
-    tables.main(["--results", str(made_up), "--readme"])  # twice is once
+    tables.main(["--results", str(made_up), "--readme"])  # a second time changes nothing
     readme = (made_up / "README.md").read_text()
     assert "old" not in readme
     assert readme.startswith("# A\n<!-- q")
@@ -626,7 +626,7 @@ def test_an_interrupted_update_leaves_the_arrays_as_they_were(tmp_path, monkeypa
 
 
 def test_runs_of_another_folder_are_taken_in_once(made_up, tmp_path):
-    """From outcomes.npz and from windows/KEY.npz, as runs were stored before it."""
+    """From outcomes.npz and from windows/KEY.npz, where older runs are stored."""
     before = tmp_path / "before"
     (before / "windows").mkdir(parents=True)
     values = {"NDCG@10": [0.5, 0, 1], "HR@10": [1, 0, 1]}
