@@ -121,7 +121,7 @@ def explicit_ablation(model, prompts, windows, segment, legal=None):
 def test_forward_mode_equals_a_backward_per_target_token(
     toy, exact, monkeypatch, name, pack, softmax
 ):
-    """At each of three points of the path."""
+    """At each of the three points of a path, from the baseline to the tokens' own embeddings."""
     model, prompts = exact
     legal = continuations(prompts) if softmax == "trie" else None
     windows = random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6]
@@ -170,7 +170,7 @@ def test_ablation_equals_explicit_forwards(toy, exact, name, pack, softmax):
         expected = explicit_ablation(model, prompts, windows, SEGMENTS[name], legal)
         found = ablations(model, batch, (SEGMENTS[name],), (legal and prompts.trie,))[0, 0]
         assert (in_order(batch, found) - expected).abs().max() < 1e-9
-        # BOS stays: with it at the baseline, too, the figures are others.
+        # BOS is never moved: with it at the baseline as well, the figures would differ.
         if name == "auxiliary" and prompts.bos:
             others = explicit_ablation(model, prompts, windows, (TEMPLATE, TITLE, BOS), legal)
             assert (others - expected).abs().max() > 1e-3
@@ -194,7 +194,7 @@ def test_other_kinds_of_models(kind, bos):
 
 @pytest.mark.slow
 def test_the_default_is_near_the_ablation(toy):
-    """The default's points on the path order the tokens as the ablation does."""
+    """With its default number of points, the gradient orders the tokens much as ablation does."""
     dataset, model, _, prompts = toy
     trees = build_trees(prompts, dataset.test[:20])
     r = [ratio(*attributions(model, trees, method)[:2]) for method in ("gradient", "ablation")]
@@ -203,7 +203,7 @@ def test_the_default_is_near_the_ablation(toy):
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_batched_equals_single(toy, method):
-    """Rows of different lengths, at whatever place in the batch."""
+    """A token's figures do not depend on the other rows of the batch, whatever their lengths."""
     dataset, model, _, prompts = toy
     trees = build_trees(prompts, random_windows(len(dataset.titles), 5, users=5))
     aux, user, item, step, window = attributions(model, trees, method)
@@ -249,10 +249,10 @@ def by_decimals(logits, tangent, label):
 @pytest.mark.parametrize("lead", [0.0, 5.0, 15.0, 30.0, 60.0])
 @pytest.mark.parametrize("some", [False, True])
 def test_saturated_tokens_keep_their_digits(lead, some):
-    """The label leads by so many nats.
+    """The label leads by `lead` nats; the exact values are computed in 80 digits.
 
-    Near p = 1 the textbook form in fp32 is rounding noise, which the test shows.
-    some: only the first 25 of 50 tokens are legal.
+    Near p = 1 the textbook form in fp32 is rounding noise, as the last assertion shows.
+    some: only the first 25 of the 50 tokens are legal.
     """
     torch.manual_seed(0)
     logits = torch.randn(20, 50)
@@ -317,7 +317,7 @@ def test_probability_is_that_of_the_prompt_without_history(toy):
 
 
 def relevance_by_hand(model, prompts, window, method, legal):
-    """r of each of one window's target tokens, with our choice of 1 for a forced token."""
+    """r of each of one window's target tokens; a forced token has r = 1, which is our choice."""
     A = []
     for segment in SEGMENTS.values():
         if method == "ablation":
@@ -338,7 +338,7 @@ def relevance_by_hand(model, prompts, window, method, legal):
 
 @pytest.mark.parametrize("method", ["gradient", "ablation"])
 def test_relevance_is_the_mean_over_windows_of_a_target(method):
-    """A catalogue so small that each title is a target twice: every window is in the sample."""
+    """Each user has a target that the other lacks, so the sample is every window of both."""
     model = small_model()
     prompts = random_prompts(2, 6, letters=4)
     windows = []
@@ -370,7 +370,7 @@ def test_the_sample_covers_every_target_with_whole_trees(toy):
 
 
 def area_under_curve(values, positive):
-    """Chance that a positive's value lies above a negative's, ties half, by ranks."""
+    """Chance that a positive's value lies above a negative's, a tie counting half, by ranks."""
     ranks = np.array([(values < x).sum() + ((values == x).sum() + 1) / 2 for x in values])
     n = positive.sum()
     return (ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(values) - n))
@@ -386,8 +386,8 @@ def test_area_under_curve():
 def test_default_relevance_finds_the_planted_bias(toy):
     """Tokens that follow from prefix or frequency alone stand above those that taste explains.
 
-    The easy part decides: tokens with one continuation. Of the 136 first words alone, with 16
-    biased ones, README has the AUC.
+    Most tokens are the only continuation, which makes it easy. results/README.md has the AUC among
+    the 136 tokens with a choice, the first of each title, 16 of which are biased.
     """
     dataset, model, tokenizer, prompts = toy
     r = relevance(model, prompts, dataset.train)
@@ -410,8 +410,8 @@ def test_default_relevance_finds_the_planted_bias(toy):
 def opened_by(quote, model):
     """(prompts, windows): all titles but one open with the token `quote`, of which model is sure.
 
-    Every token but EOS has a choice. The model gives the quote 8 nats more than any other token,
-    wherever it may come.
+    Hardly any token but EOS is the only continuation. A bias gives the quote 8 nats more than any
+    other token, at every place.
     """
     weight = model.lm_head.weight
     model.lm_head = torch.nn.Linear(weight.shape[1], weight.shape[0])
@@ -431,8 +431,8 @@ def opened_by(quote, model):
 def test_a_token_that_is_all_but_certain_is_most_relevant(method):
     """SmolLM2's opening quote: a quotient of two tiny numbers would scatter it over the groups.
 
-    r = 1 sends it to the group of the last word and EOS, which the trie makes certain and which
-    fill the highest group: 0.9999 would fall into the one below.
+    r = 1 puts it into the highest group, with the tokens that the trie makes certain; at 0.9999 it
+    would fall into the group below.
     """
     model = small_model()
     quote = 30
@@ -465,7 +465,7 @@ def targets(times):
 
 
 def test_groups_are_equal_shares_of_the_training_tokens():
-    """A title that is a target often weighs so much: counted token by token."""
+    """A title counts as often as it is a target; here its tokens are counted one by one."""
     random = np.random.default_rng(0)
     r = random.random((60, 5))
     times = random.integers(1, 9, 60)

@@ -47,7 +47,7 @@ def test_user_information_is_what_the_history_is_worth(world):
 
 
 def test_language_share_is_the_loss_of_tokens_without_a_choice(world):
-    """Of the loss over the whole vocabulary: a forced token costs nothing over the legal ones."""
+    """The loss is over the whole vocabulary: over legal tokens a forced one costs nothing."""
     model, prompts, windows = world
     legal = continuations(prompts)
     forced = 0.0
@@ -86,7 +86,7 @@ class Scaled(torch.nn.Embedding):
 
 @pytest.mark.parametrize("size", [5, 8192, 20_000])
 def test_the_mean_embedding_is_of_what_the_layer_returns(size):
-    """Scaled or not, and beyond the 8,192 tokens that are looked up at once."""
+    """Also when there are more than the 8,192 tokens that are looked up at once."""
     torch.manual_seed(0)
     layer = Scaled(size, 3)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_the_mean_embedding_is_summed_in_fp32():
 
 
 def write_predictions(folder, loss, places, nlls):
-    """predictions.jsonl of a loss: user i's target is listed at places[i], None: nowhere."""
+    """predictions.jsonl of a loss: user i's target is at place places[i], or not listed if None."""
     lines = []
     for user, (place, nll) in enumerate(zip(places, nlls)):
         titles = [f"title {i}" for i in range(10)]

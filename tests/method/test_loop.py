@@ -36,7 +36,7 @@ def step(model, trees, prompts, group, objective, log_q, job=gdrt.TrainConfig())
         zero_grad=lambda set_to_none: model.zero_grad(),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gdrt, "CLIP", math.inf)  # the gradient as it comes
+        patch.setattr(gdrt, "CLIP", math.inf)  # so the gradient is not clipped
         log_q, line = gdrt.training_step(
             model, optimizer, trees, prompts, group, objective, log_q, job
         )
@@ -128,9 +128,9 @@ def test_group_dro_moves_q_once_an_update(world, accumulate):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_accumulation_replays_dropout(world, kind):
-    """The pass that finds the group means and the pass with gradient drop the same.
+    """The pass that finds the group means and the pass with gradient drop the same values.
 
-    The parts, put together, say so.
+    Hence the update is that of one pass over the parts with the same seed.
     """
     _, prompts, windows, group, own = world
     model = small_model(kind, dropout=0.1).train()
@@ -153,9 +153,9 @@ def test_accumulation_replays_dropout(world, kind):
     loss, q, _ = gdrt.gdrt_loss(torch.cat(nlls), torch.cat(groups), 4, 0.5)
     assert close(gradient, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     assert line["q"] == pytest.approx(q.tolist(), abs=1e-5)
-    assert torch.equal(torch.rand(1), after)  # the first pass used up no random numbers
+    assert torch.equal(torch.rand(1), after)  # two passes used up the random numbers of one
     again = step(model, trees, prompts, group, objective, torch.zeros(4), job)[0]
-    assert furthest(again, gradient) > 1e-4  # there is dropout at all
+    assert furthest(again, gradient) > 1e-4  # dropout does have an effect
 
 
 def test_one_batch_equals_four_micro_batches(world):
@@ -200,11 +200,11 @@ def test_trie_softmax_is_over_the_legal_tokens(temperature):
     assert (in_order(batch, full) - all_nll(model, prompts, windows)).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------- what comes when
+# ---------------------------------------------------------------- learning rate and batches
 
 
 def test_learning_rate():
-    """Up in a straight line over the first twentieth, then down in one to nothing at the end."""
+    """Linear up to the peak over the first twentieth, then linear down to 0 at the end."""
     rates = [gdrt.learning_rate(step, 200, 3.0) for step in range(200)]
     assert rates[:9] == pytest.approx([0.3 * (step + 1) for step in range(9)])
     assert max(rates) <= 3 and rates.index(max(rates)) == 9
@@ -238,7 +238,7 @@ def test_plan_visits_every_tree_once_an_epoch(batch):
     sizes = [windows[update].sum() for update in updates]
     assert min(sizes) > 0 and max(sizes) < batch + 10
     chunks = 3 * (windows.sum() // (20 * batch) + 2)
-    assert sum(size < batch for size in sizes) <= chunks  # the rest of each chunk
+    assert sum(size < batch for size in sizes) <= chunks  # only the last of a chunk may be smaller
     assert updates == gdrt.make_batches(trees, batch, 3, 0)
     assert updates != gdrt.make_batches(trees, batch, 3, 1)
 
@@ -249,7 +249,7 @@ def test_plan_wastes_little_padding():
     length = np.array([len(tree.ids) for tree in trees])
     padded = sum(len(update) * length[update].max() for update in updates)
     assert padded < 1.15 * length.sum()
-    # But short and long batches alternate at random.
+    # Yet short and long batches come in random order.
     means = [length[update].mean() for update in updates]
     assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.4
 
@@ -327,14 +327,14 @@ def test_all_losses_see_the_same_batches(launch):
     assert lines["sft"][-1]["group_nll"] != lines["gdrt"][-1]["group_nll"]
 
 
-@pytest.mark.slow  # test_trees.py has the same in small
+@pytest.mark.slow  # test_trees.py has a small version
 def test_no_pack_follows_the_same_curve(launch):
     packed = launch("--loss", "sft", "gdrt")
     windows = []
     for batch in launch.seen:
         windows.append(sum(len(set(window)) for _, window in batch))
     separate = launch("--loss", "sft", "gdrt", "--no-pack")
-    # One prompt a row, and as many windows.
+    # Each row is now one prompt, and a batch has as many windows as before.
     assert windows == [len(batch) for batch in launch.seen]
     for loss in ("warmup", "sft", "gdrt"):
         assert len(packed[loss]) == len(separate[loss])

@@ -38,7 +38,7 @@ KINDS = [("llama", False), ("llama", True), ("gpt2", True)]
 
 
 def adapted(kind="llama", tied=False, B=0.1, **more):
-    """A random model with adapters whose B are random numbers of size `B`, or 0 as they start."""
+    """A random model with adapters. Their B are random, of size `B`; training starts from 0."""
     model = small_model(kind, tied=tied, **more)
     gdrt.add_lora(model, RANK, 0, CFG)
     generator = torch.Generator().manual_seed(7)
@@ -172,7 +172,7 @@ def world():
 
 
 def one_step(model, prompts, trees, group, cfg=CFG):
-    """({name: gradient, clipped}, line) of one GDRT step, its optimizer seen but not moving."""
+    """({name: clipped gradient}, line) of one GDRT step, whose optimizer only records."""
     seen = {}
 
     class Watching(torch.optim.SGD):
@@ -268,7 +268,7 @@ def test_training_moves_the_adapter_and_nothing_else(world, tmp_path):
 
 @pytest.mark.parametrize("kind, tied", KINDS)
 def test_frozen_weights_in_bf16_train_the_same_to_the_bit(world, kind, tied):
-    """In training they take two bytes, the adapter four; outside they are fp32, rounded once."""
+    """In training they take two bytes each and the adapter's four; outside it all are fp32."""
     _, prompts, _, trees, _ = world
     bf16 = CFG._replace(precision="bf16")
     models = {}
@@ -427,7 +427,7 @@ def test_evaluate_and_attribution_read_the_run(run, tmp_path, capsys):
 def test_an_interrupted_run_ends_like_one_that_was_left_alone(
     run, tmp_path, monkeypatch, stage, updates
 ):
-    """Both losses of the run drop out, in its attention and in the adapters."""
+    """The run has dropout in its attention and adapters, so it depends on the random state."""
     flags, folder = run
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     step, calls = gdrt.training_step, []
@@ -471,7 +471,7 @@ def test_another_rank_on_resume_is_refused(run, fails):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_peft_reads_the_adapter(kind, small, tmp_path, capsys):
-    """peft's logits, of the base model with the adapter, are those of the folder model/."""
+    """The base model with the adapter, as peft loads it, has the logits of the folder model/."""
     if importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed: pip install peft")
     from peft import PeftModel
@@ -496,7 +496,7 @@ def test_peft_reads_the_adapter(kind, small, tmp_path, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_with_adapters_on_the_gpu(run, tmp_path, monkeypatch):
-    """bf16 on CUDA by default: frozen weights take two bytes; the curve is nearly the CPU's."""
+    """--precision auto on CUDA is bf16, frozen weights too; the first loss is nearly the CPU's."""
     flags, folder = run
     flags = [*flags, "--lora", "8", "--out", str(tmp_path), "--precision", "auto"]
     dtypes = set()

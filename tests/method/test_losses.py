@@ -130,7 +130,7 @@ def test_large_tau_keeps_its_digits(tau, dtype, close, prior):
 
 
 def test_small_tau_keeps_its_digits():
-    """One token far above 99,999 in fp32: loss, q and gradient agree with the closed form."""
+    """One token far above 99,999 others in fp32: loss, q and gradient are as in closed form."""
     nll = torch.ones(100_000)
     group = torch.ones(100_000, dtype=torch.long)
     nll[0] = 50
@@ -140,7 +140,7 @@ def test_small_tau_keeps_its_digits():
     loss.backward()
     assert loss.item() == pytest.approx(50, rel=1e-6)
     assert q[0].item() == pytest.approx(1) and nll.grad[0].item() == pytest.approx(1, rel=1e-5)
-    # Both losses are exact in fp32, their quotients by tau are not.
+    # Both losses are exact in fp32, but their quotients by tau are not.
     q = group_weights(torch.tensor([1e4, 1e4 + 2**-7]), torch.ones(2), 0.003)
     assert q[0].item() == pytest.approx(1 / (1 + math.exp(2**-7 / 0.003)), rel=1e-5)
 
@@ -173,7 +173,7 @@ def test_huge_losses_stay_finite(dtype, tau):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_fp32(dtype):
-    """A bf16 counter stops at 256, an fp16 sum at 65,504."""
+    """A bf16 counter would stop at 256, and an fp16 sum overflow beyond 65,504."""
     nll = torch.full((4000,), 2.0, dtype=dtype)
     group = torch.arange(4000) % 4 // 3  # three tokens of group 0 to one of group 1
     nll[group == 1] = 72
@@ -196,7 +196,7 @@ def test_order_and_labels_do_not_matter():
 @BOTH
 @pytest.mark.parametrize("absent", [0, 2, 3])
 def test_an_absent_group_takes_no_part(prior, absent):
-    """Whatever stands in its place: the mean of no tokens may come as 0, as NaN, as anything."""
+    """Its mean, that of no tokens, may be 0, NaN or anything else."""
     nll, group = draw(6, absent=absent)
     loss, q, means = gdrt_loss(nll, group, 4, 0.5, prior)
     value, weights, _, _ = by_hand(nll, group, 4, 0.5, prior)
@@ -227,7 +227,7 @@ def test_nothing_is_mutated_and_diagnostics_carry_no_gradient():
 
 
 def test_micro_batches_share_one_q():
-    """The gradient of the whole batch, from unequal parts that know only the batch's sums.
+    """Unequal parts that know only the batch's sums give the gradient of the whole batch.
 
     The first part lacks three groups.
     """

@@ -150,7 +150,7 @@ def test_training_positives_count_once():
 
 
 def test_training_positives_of_sliding_windows():
-    """CSV folders give a tuple a window; a pair stands in many of them."""
+    """In CSV folders each window has a tuple of its own, so a pair may be in many of them."""
     dataset = small(train=((0, (0, 1, 2), 2), (0, (1, 2, 3), 2), (1, (5, 6, 7), 2)))
     user, item = evaluate.training_positives(dataset).T.tolist()
     assert user == [0] * 4 + [1] * 3
@@ -187,7 +187,7 @@ def test_known_mgu_and_dgu():
 
 
 def test_list_metrics_by_hand():
-    """Ten items, one training positive of items 0..3 and two of 4.
+    """Ten items; in training, items 0 to 3 are a positive once and item 4 twice.
 
     Hence the quintiles {5 6}, {7 8}, {9 0}, {1 2}, {3 4}.
     """
@@ -200,13 +200,13 @@ def test_list_metrics_by_hand():
     items = np.array([[9, 5, 6, 3, -1], [8, 9, 5, 3, -1]])
     scores = np.where(items >= 0, -np.arange(5.0), -np.inf)
     metrics, per_window = evaluate.list_metrics(dataset, dataset.test, items, scores)
-    # of 6 positives none, none, 1, 2, 3; of 8 listed 3, 1, 2, 0, 2
+    # By quintile: 0, 0, 1, 2 and 3 of the 6 positives; 3, 1, 2, 0 and 2 of the 8 listed.
     GU = [3 / 8, 1 / 8, 2 / 8 - 1 / 6, -2 / 6, 2 / 8 - 3 / 6]
     assert metrics["MGU@5"] == pytest.approx(sum(map(abs, GU)) / 5)
     assert metrics["DGU@5"] == pytest.approx(3 / 8 + 2 / 6)
     assert metrics["exposure"]["GP@5"] == pytest.approx([3 / 8, 1 / 8, 2 / 8, 0, 2 / 8])
     assert metrics["exposure"]["GH"] == pytest.approx([0, 0, 1 / 6, 2 / 6, 3 / 6])
-    # genre B: 6 of 8 listed count half; no positive has it
+    # Genre B: 6 of the 8 listed count half for it, and no positive has it.
     assert metrics["genre MGU@5"] == pytest.approx(3 / 8)
     assert metrics["genre DGU@5"] == pytest.approx(6 / 8)
     assert metrics["coverage@5"] == 5 / 10
@@ -225,7 +225,7 @@ def test_lists_without_any_title():
 
 
 def test_mgu_depends_on_the_number_of_groups():
-    """What NOTE says: G groups bound MGU by 2 / G; splitting groups never lowers MGU * G / 2."""
+    """As NOTE says: G groups bound MGU by 2 / G; splitting groups never lowers MGU * G / 2."""
     source = np.random.default_rng(0)
     for _ in range(100):
         GP, GH = source.dirichlet(np.ones(20), 2)
@@ -256,7 +256,7 @@ def test_popularity_lists():
         test=((0, (0, 1, 2, 3, 7), 4), (1, (1, 2, 4, 7), 3)),
     )
     items, scores = evaluate.popularity_lists(dataset, dataset.test, 5)
-    # Seen ones are out, equal counts go by title.
+    # Seen items are left out, and equal counts are ordered by title.
     assert items.tolist() == [[4, 5, 6, 7, -1], [0, 3, 5, 6, 7]]
     assert scores.tolist() == [[1, 0, 0, 0, -math.inf], [1, 1, 0, 0, 0]]
     items, _ = evaluate.popularity_lists(dataset, dataset.test, 3, keep_seen=True)
@@ -277,7 +277,7 @@ def test_interval_of_a_known_case():
 
 
 def test_interval_covers():
-    """The 95% interval holds the truth about as often, the windows of a user being alike."""
+    """The 95% interval holds the truth about that often, though a user's windows are alike."""
     source = np.random.default_rng(6)
     held = 0
     for _ in range(200):
@@ -329,9 +329,9 @@ def test_ids_draw_as_indices_do():
 
 
 def test_interval_of_a_size_covers():
-    """Lists that are nearly fair: chance adds to MGU, twice where lists are drawn from lists.
+    """Chance adds to the MGU of nearly fair lists, and once more when the bootstrap redraws them.
 
-    The interval allows for it.
+    The interval allows for both; the percentiles of the draws do not.
     """
     source = np.random.default_rng(2)
     users = np.arange(150)
@@ -521,7 +521,7 @@ def test_predictions_refused(tmp_path, lines, says):
 
 
 def test_equal_scores_beyond_the_tenth_find_nothing(tmp_path):
-    """The whole catalogue with one score, the target first: its mean rank among all is no hit.
+    """All unseen titles with one score, the target first: its mean rank among them is no hit.
 
     A longer list changes nothing else.
     """
@@ -541,7 +541,7 @@ def test_equal_scores_beyond_the_tenth_find_nothing(tmp_path):
     assert constant["HR@10"] == constant["MRR@10"] == 0 and shape == (2, 36)
     falling, shape = metrics(lambda i: -i)
     assert falling["MRR@10"] == 1 and shape == (2, 10)
-    tied, shape = metrics(lambda i: -min(i, 8))  # from the ninth on
+    tied, shape = metrics(lambda i: -min(i, 8))  # tied from the ninth on
     assert tied["MRR@10"] == 1 and shape == (2, 36)
     assert tied["coverage@10"] == falling["coverage@10"]
     assert tied["MGU@10"] == falling["MGU@10"]

@@ -25,7 +25,7 @@ BOS = 0
 def world():
     """(model, prompts, windows, rows): prompts and targets of a catalogue, written out one by one.
 
-    A row is (ids, labels, is_user, item), each (T,), all rows of other lengths.
+    A row is (ids, labels, is_user, item), each (T,); rows differ in length.
     """
     prompts = random_prompts(0)
     windows = random_windows(len(prompts.titles), seed=1, users=1)

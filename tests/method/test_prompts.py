@@ -13,7 +13,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def trained(tokenizer, trainer):
-    """The tokeniser after training on toy's titles, its template and every ASCII letter."""
+    """The tokeniser after training on toy's titles, its template and all visible ASCII."""
     dataset = load_dataset("toy")
     texts = [f'"{title}"' for title in dataset.titles]
     texts += [data.task_text(dataset), data.MARKER, " ".join(map(chr, range(33, 127)))] * 20
@@ -24,7 +24,7 @@ def trained(tokenizer, trainer):
 
 
 def unigram():
-    """As SentencePiece: a word mark before every text that is encoded alone."""
+    """Like SentencePiece: it puts a word mark before every text that it encodes."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -35,7 +35,7 @@ def unigram():
 
 
 def llama():
-    """As Llama 2 and Mistral 0.1: BPE whose normaliser puts the word mark, bytes as a fallback."""
+    """Like Llama 2 and Mistral 0.1: BPE with word marks from a normaliser and a byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(marks)
@@ -49,7 +49,7 @@ def llama():
 
 
 def byte_level(prefix):
-    """As GPT-2 and Llama 3 (no blank before a text), or as RoBERTa (one)."""
+    """Like GPT-2 and Llama 3 or, if `prefix`, like RoBERTa: it puts a blank before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
@@ -112,7 +112,7 @@ def test_a_title_that_goes_on_after_the_end_of_another_is_refused_by_name():
 
 
 def test_messages_name_id_and_title():
-    """Not the numbers that items have here: what the user can find in the files."""
+    """The user can find these in the files, unlike the numbers that items have here."""
     dataset = load_dataset("toy")
     tokenizer = data.tiny_tokenizer(dataset)
     changed = list(dataset.titles)

@@ -31,9 +31,9 @@ def test_files_that_are_named_exist():
 
 
 def test_every_command_is_known_to_a_test():
-    """The toy ones run below, those that need the network in the marked tests.
+    """Those for toy run below, and so does ml-100k's, marked network.
 
-    The install and the tests themselves are run by .ci/run.
+    .ci/run runs the install and the tests themselves.
     """
     offline = [line for line in COMMANDS if "toy" in line or "--help" in line]
     elsewhere = [line for line in COMMANDS if line.startswith(("python benchmarks/", "torchrun "))]
@@ -46,7 +46,7 @@ def test_every_command_is_known_to_a_test():
 
 
 def test_commands_of_the_evidence_list_their_runs(monkeypatch, tmp_path, capsys):
-    """Those in the README's sentences and at the head of quality.py.
+    """Those in results/README.md and at the head of quality.py, without running them.
 
     The runs themselves take minutes to hours.
     """
@@ -85,7 +85,7 @@ def test_main_job(tmp_path, monkeypatch):
 
 
 def test_the_front_page_stays_one():
-    """200 lines, 13 KB; prose and code to 100 columns, tables to 110; files and rulers as named."""
+    """At most 200 lines, 13 KB, 100 columns (110 in tables); the rulers are where it says."""
     lines = README.splitlines()
     assert len(lines) <= 200 and len(README.encode()) <= 13_000
     assert [line for line in lines if len(line) > (110 if line.startswith("|") else 100)] == []
@@ -103,7 +103,7 @@ def test_own_trainer_takes_forty_lines():
 
 
 def test_tables_are_those_of_the_results(monkeypatch):
-    """What speed.py --table, tables.py and relevance.py make of results/ stands in the README."""
+    """results/README.md has what speed.py --table, tables.py and relevance.py make of results/."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import relevance
     import speed

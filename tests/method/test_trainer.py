@@ -1,6 +1,6 @@
 """README's "In your own trainer": its blocks, executed as they stand, train by GDRT.
 
-One batch of eight rows, whatever it is cut into, must give the gradient that autograd gives through
+One batch of eight rows, however it is cut up, must give the gradient that autograd gives through
 `gdrt_loss`; a naive paste does not.
 """
 
@@ -170,7 +170,7 @@ def test_the_section_is_short():
 
 
 def own_loop(model, batches):
-    """The first block as it stands: groups of some rows, weights, gradients -> its names."""
+    """Run the first block as it stands: groups of some rows, weights, gradients -> its names."""
     ids = torch.randint(2, 40, (3, 12), generator=torch.Generator().manual_seed(0))
     labels = torch.where(torch.arange(12) < 9, -100, ids)
     is_user = (torch.arange(12) // 4 == 1).expand(3, 12)
@@ -223,7 +223,7 @@ def test_the_groups_of_the_block_are_cuts_of_each_tokens_relevance(tokenizer):
 
 
 def test_packed_rows_have_the_nll_of_separate_ones(tokenizer):
-    """Prompts in one row, parted by position_ids alone: a cache would let them see one another."""
+    """Only position_ids part the prompts of a row: a cache would let them see one another."""
     model = world_model()
     (batch,) = collated(tokenizer, [0, 8])
     separate = grouped_nll(model, batch)
@@ -365,7 +365,7 @@ def test_the_gradients_pass_repeats_the_dropout_of_the_weights_pass(
 
 
 def test_an_evaluation_is_the_plain_loss_of_rows_without_groups(tmp_path, tokenizer):
-    """And the update after it drops out again in both passes."""
+    """The plain loss is the mean NLL of all target tokens."""
     rows, groups = example_rows()
     args = arguments(tmp_path, 8, per_device_eval_batch_size=8)
     collate = DataCollatorForSeq2Seq(tokenizer)
@@ -470,7 +470,7 @@ def sft_trainer(trl, folder, tokenizer, settings):
 def groups_of(trainer, model):
     """One list of group ids for each of the trainer's rows, by the README's lines.
 
-    The tokens before the last ten of a prompt count as the user's; any mask will do here.
+    Four of every seven tokens count as the user's: any mask will do here.
     """
     r = []
     for row in trainer.train_dataset:

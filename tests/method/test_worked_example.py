@@ -60,7 +60,7 @@ def test_4_weights_of_the_groups():
     assert group_weights(L, N, TAU).tolist() == pytest.approx([8 / 14, 4 / 14, 2 / 14])
     # Prior by share of the tokens: 1/6 of 8, 2/6 of 4, 3/6 of 2, that is 8, 8, 6 over 22.
     assert group_weights(L, N, TAU, "share").tolist() == pytest.approx([8 / 22, 8 / 22, 6 / 22])
-    # The hotter, the nearer to the prior; at infinity it is the prior.
+    # The higher tau, the nearer q is to the prior; at infinity it is the prior.
     assert group_weights(L, N, math.inf).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
     assert group_weights(L, N, math.inf, "share").tolist() == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
@@ -92,7 +92,7 @@ def test_6_why_these_weights():
 
 
 def test_7_the_same_as_rules():
-    """The loop of gdrt.py asks a rule for q: rule(group losses, numbers, state) -> (q, state)."""
+    """The loop of gdrt.py asks a rule for q: rule(group losses, counts, state) -> (q, state)."""
     uniform = torch.full((3,), 1 / 3, dtype=torch.float64).log()
     q, state = gdrt_rule(TAU, "uniform")(L, N, uniform)
     assert q.tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7])
@@ -114,7 +114,7 @@ def test_7_the_same_as_rules():
 def test_8_two_micro_batches_are_the_one_batch():
     """Add the group sums up first, then weigh: a, b, d and c, e, f give what all six give.
 
-    Sums (3, 1, 0) + (0, 3, 3) = (3, 4, 3), numbers (1, 1, 1) + (0, 1, 2) = (1, 2, 3). The model
+    Sums (3, 1, 0) + (0, 3, 3) = (3, 4, 3), counts (1, 1, 1) + (0, 1, 2) = (1, 2, 3). The model
     has one parameter, theta = 1, and NLL_i theta is the NLL of token i: its gradient is
     4/7 3 + 1/7 (1 + 3) + 1/21 (0 + 1 + 2) = 17/7.
     """
