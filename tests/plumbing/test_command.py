@@ -53,14 +53,14 @@ def words(arguments):
 
 
 def unseen_flags(parser, *lines):
-    """Flags of a parser that no line holds."""
+    """The flags of a parser that none of the lines uses."""
     flags = {action.option_strings[-1] for action in parser._actions if action.option_strings}
     return flags - {"--help"} - set().union(*lines)
 
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory):
-    """{name: (flags, folder)} of two runs whose flags, with those of `small`, are all there are."""
+    """{name: (flags, folder)} of two runs; with those of `small`, nearly all flags are used."""
     out = tmp_path_factory.mktemp("runs")
     done = {}
     for name, arguments in (("method", METHOD), ("rest", REST)):
@@ -89,7 +89,7 @@ def test_flags_do_what_they_say(runs):
     shared = len(json_lines(folder / "warmup" / "metrics.jsonl"))
     assert shared == round(0.3 * (shared + len(lines["sft"])))
     assert {len(logged) for logged in lines.values()} == {len(lines["sft"])}
-    for line in lines["gdrt"]:  # q_g ~ share_g exp(L_g / 2)
+    for line in lines["gdrt"]:  # q_g is proportional to share_g exp(L_g / 2)
         weight = [n * math.exp(L / 2.0) for n, L in zip(line["n"], line["group_nll"])]
         assert len(weight) == 3
         assert line["q"] == pytest.approx([w / sum(weight) for w in weight], rel=1e-4)
@@ -122,7 +122,7 @@ def test_attribution_takes_every_flag(small, runs, tmp_path, capsys):
     line = json_lines(folder / "predictions.jsonl")[-1]
     page = tmp_path / "a.html"
     flags = f"--method gradient --steps 3 --html {page} --dataset {small[1]}"
-    # Neither of these two folders is looked at where the data is a folder.
+    # Where the data is a folder, neither of these two is read.
     flags += f" --cache {tmp_path} --data-dir {tmp_path}"
     flags = [*flags.split(), "--user", line["user"], "--title", line["target"]]
     attribution.main([str(folder), *flags])
@@ -170,7 +170,7 @@ def test_data_that_moved_is_read_where_it_is_now(small, runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind, tied", [("gpt2", True), ("llama", False), ("mamba", False)])
 def test_other_models_from_a_folder(small, tmp_path, kind, tied, capsys):
-    """Learned positions, untied heads, no attention at all: trained, ranked, audited, read back."""
+    """Models with learned positions, untied heads or no attention run through the whole command."""
     tokenizer = tiny_tokenizer(load_dataset(small[1]))
     small_model(kind, len(tokenizer), tied).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

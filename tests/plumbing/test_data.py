@@ -116,7 +116,7 @@ def zipped(files):
 
 @pytest.fixture
 def small(monkeypatch):
-    """ml-100k is now the fixture above. Returns its zip."""
+    """Let the small data above stand for ml-100k, and return its zip."""
     archive = zipped(grouplens())
     parsed = sorted((str(u), str(i), float(r), float(t)) for u, i, r, t in RATINGS)
     digest = hashlib.sha256(json.dumps(parsed).encode()).hexdigest()
@@ -330,7 +330,7 @@ def test_toy_is_what_it_says():
 
 
 def test_the_shop_is_planted_as_it_says():
-    """toy_table itself: 8 tastes of 15 products and 16 bestsellers, that everybody buys alike."""
+    """toy_table itself: 8 tastes of 15 products and 16 bestsellers for everybody."""
     table, planted = data.toy_table(0)
     kind = {item: genres[0] for item, genres in table.genres.items()}
     count = Counter(kind.values())
@@ -355,7 +355,7 @@ def test_the_shop_is_planted_as_it_says():
         kinds = {what for _, what in purchases}
         assert kinds <= {*planted["tastes"][user], data.BESTSELLER}
         by_taste += sum(what != data.BESTSELLER for _, what in purchases)
-    # 85% of the draws; a little less without replacement, as a user's 30 products run out.
+    # A draw is by taste in 85% of cases, or a little less as a user's 30 products run out.
     assert 0.75 < by_taste / len(table.ratings) < 0.87
 
 

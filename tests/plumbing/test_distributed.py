@@ -1,6 +1,6 @@
 """Ranks and micro-batches change nothing: real gloo processes against one process.
 
-Compared are gradients, q, training curves, metrics, the audit and relevance.
+Gradients, q, training curves, metrics, the audit and relevance are compared.
 """
 
 import json
@@ -39,9 +39,9 @@ OBJECTIVES = {
 
 
 def world():
-    """(model, prompts, trees, group table): uneven trees.
+    """(model, prompts, trees, group table), with trees of uneven length.
 
-    Group 3 is in the first tree alone, group 2 in the second alone.
+    Group 3 occurs only in the first tree, group 2 only in the second.
     """
     torch.manual_seed(0)
     model = small_model(seed=1, scale=0.2)
@@ -185,7 +185,7 @@ def test_training_curves_are_those_of_one_pass(cases, setting, name):
 
 
 def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
-    """The reference of the tests above is itself right: against backward through gdrt_loss."""
+    """The tests above rely on one pass; here that pass is checked by autograd through gdrt_loss."""
     model, prompts, trees, group = world()
     batch = gdrt.collate(trees)
     nll = torch.nn.functional.cross_entropy(
@@ -204,7 +204,7 @@ def test_gradient_of_one_pass_is_autograd_through_the_copied_loss(cases):
 
 
 def evaluations():
-    """What the ranks share out, of seven trees (uneven) and of one (a rank has none)."""
+    """All that ranks share out, on seven trees (uneven shares) and on one (a rank has none)."""
     model, prompts, _, group = world()
     windows = random_windows(60, seed=3, users=7)
     titles = [f"Title {i}" for i in range(60)]
@@ -353,7 +353,7 @@ def test_torchrun_trains_what_one_process_trains(one):
 
 def patient():
     job = gdrt.make_train_config(gdrt.parser().parse_args(["--device", "cpu"]))
-    gdrt.barrier(job)  # rank 0 holds the store: gone too soon, it would take rank 1's start with it
+    gdrt.barrier(job)  # rank 0 holds the store: if it left early, rank 1 could not start
     options = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options
     assert options._timeout.total_seconds() > 86400, (
         "ranks that wait for an evaluation of hours give up"
@@ -365,7 +365,7 @@ def test_ranks_wait_as_long_as_an_evaluation_takes():
 
 
 def test_an_error_on_rank_0_does_not_hang_the_others(one):
-    """Without torchrun, which would end them all: rank 0 alone sees that the run is there."""
+    """Only rank 0 sees that the run exists. torchrun, which would end all ranks, is not used."""
     flags, folder = one
     codes = on_ranks(2, command, lambda rank: ([*flags, "--name", "one"], folder / f"log{rank}"))
     assert codes[0] == 2 and codes[1] != 0
@@ -405,7 +405,7 @@ def press_on_rank_1(number):
     def pressed(*args, **more):
         calls.append(1)
         if len(calls) == number and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)  # what torchrun makes of Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM)  # which torchrun sends on Ctrl-C
         return original(*args, **more)
 
     gdrt.training_step = pressed

@@ -1,4 +1,4 @@
-"""Held-out likelihood, the audit and the command, against separate prompts and forwards."""
+"""Held-out likelihood and the audit against separate prompts and forwards; the command."""
 
 import json
 import shutil
@@ -126,7 +126,7 @@ def test_parts_evaluated_together_read_a_shared_history_once(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
 def test_likelihood_of_the_search_is_that_of_a_pass_of_its_own(kind):
-    """The logits that start the search also tell the target's NLL; Mamba reads separate prompts."""
+    """The logits that start the search also give the target's NLL; Mamba reads separate prompts."""
     _, prompts, windows, _ = world()
     model = small_model(kind)
     prompts = prompts._replace(packed=kind == "llama")
@@ -144,7 +144,7 @@ def test_likelihood_of_the_search_is_that_of_a_pass_of_its_own(kind):
 def attribution_by_hand(model, prompts, window, points=None):
     """{"aux" | "user": A (L,)} on the separate prompt.
 
-    By ablation, or by one backward a token at the path's midpoints.
+    By ablation, or with `points` by one backward per token at each midpoint of the path.
     """
     labels = prompts.titles[window.items[window.stop]] + [prompts.eos]
     prompt = prompt_of(prompts, window)
@@ -178,7 +178,7 @@ def attribution_by_hand(model, prompts, window, points=None):
 
 
 def test_auxiliary_shares_by_hand():
-    """All tokens, first tokens, by group, by place: sums of |A| over windows, then one quotient."""
+    """A share, of all tokens or some, is one quotient of sums of |A| over the windows."""
     model, prompts, windows, _ = world(users=3)
     group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))
     found = evaluate.audit(model, prompts, windows, group, 4, np.zeros(len(windows)))
@@ -219,7 +219,7 @@ def test_the_audit_reads_a_sample(monkeypatch):
 
 @pytest.mark.parametrize("counts", [[1] * 9, [4] * 6, [7, 1, 1, 5, 1], [3, 3], [2, 1, 1]])
 def test_histories_are_shuffled_between_users(counts):
-    """Each history once, never to a user of its own; targets stay."""
+    """Each history is used once and never by its own user; targets stay."""
     windows = [
         Window(user, tuple(range(20 * user, 20 * user + 12)), j, j + 3)
         for user, n in enumerate(counts)
@@ -242,7 +242,10 @@ def test_histories_are_shuffled_between_users(counts):
 
 
 def test_what_shuffled_histories_lose():
-    """NDCG@10 given, less that of lists for shuffled histories; seen titles stay the user's own."""
+    """The loss is the given NDCG@10 minus that with shuffled histories.
+
+    Every user's own seen titles stay left out.
+    """
     model, prompts, windows, _ = world()
     own = np.linspace(0.5, 1, len(windows))
     found = evaluate.audit(model, prompts, windows, None, 0, own)[
@@ -282,7 +285,7 @@ def runs(small, tmp_path_factory):
 def table_of(text):
     """The rows of the printed comparison: {metric: [cells]}, over all of its tables.
 
-    A cell with an interval is (value, low, high). Above a rule of dashes stands a table's header.
+    A cell with an interval is (value, low, high). A table's header stands above a rule of dashes.
     """
     rows = {}
     lines = text[: text.index(evaluate.NOTE[:40])].split("\n")
@@ -309,7 +312,7 @@ def test_recomputed_metrics_equal_those_of_training(runs, capsys):
         )
         assert (
             json.loads(json.dumps(found["metrics"])) == written
-        )  # here, on one machine, to the last digit
+        )  # on one machine they agree to the last digit
         rows = table_of(out)
         for metric in (
             "NDCG@10",
@@ -329,7 +332,7 @@ def test_recomputed_metrics_equal_those_of_training(runs, capsys):
 
 
 def test_other_figures_are_named(runs, tmp_path, capsys):
-    """A model that is not the one of metrics.json, in either way, is said to be so."""
+    """Figures unlike those of metrics.json are named, whether the file or the model was changed."""
     shutil.copytree(runs / "zero", tmp_path / "run")
     path = tmp_path / "run" / "sft" / "metrics.json"
     written = json.loads(path.read_text())

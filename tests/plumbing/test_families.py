@@ -1,7 +1,7 @@
-"""Families of decoder-only models at two layers: what is computed packed is what each gives alone.
+"""Two-layer models of many decoder-only families give the same packed as one prompt at a time.
 
-`FAMILIES` is the list that the README names. Its first ones run with the fast tests, all of them
-with `-m slow`.
+`FAMILIES` is the list in the README. Its first three run with the fast tests, the others with
+`-m slow`.
 """
 
 import json
@@ -98,7 +98,7 @@ DBRX = {
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
 }
 
-# Name -> (model type of transformers, what its config says beside COMMON).
+# Name -> (model type of transformers, config entries on top of COMMON).
 FAMILIES = {
     "Mistral": ("mistral", {"sliding_window": WINDOW, **HEAD}),
     "Mixtral": ("mixtral", EXPERTS | HEAD),
@@ -170,11 +170,11 @@ FAMILIES = {
     ),
 }
 FAST = list(FAMILIES)[:3]
-# Positions that a mask cannot move, local layers of their own, a cache of more than keys and
+# They cannot run packed: no position ids, local layers of their own, a cache of more than keys and
 # values, or layers without attention.
 UNPACKED = {"BLOOM", "MPT", "GPT-Neo", "DeepSeek-V3.2"}
 UNPACKED |= {"Mamba", "LFM2", "Jamba", "Qwen3-Next", "RecurrentGemma"}
-WITHOUT_DERIVATIVE = {"BLOOM", "RecurrentGemma"}  # a function of their own, without a jvp
+WITHOUT_DERIVATIVE = {"BLOOM", "RecurrentGemma"}  # their own autograd functions have no jvp
 
 PROMPTS = random_prompts(1, n=20)
 WINDOWS = random_windows(20, 1)
@@ -213,7 +213,7 @@ def saved(model, folder):
     ],
 )
 def family(request, tmp_path_factory):
-    """(name, model as it was built, the same read from its folder, prompts as it takes them)."""
+    """(name, model as built, the same read from its folder, prompts packed if it allows that)."""
     built = random_model(*FAMILIES[request.param])
     model, _ = data.load_model(saved(built, tmp_path_factory.mktemp("family") / "model"))
     return request.param, built, model, fall_back_to_unpacked(model, PROMPTS, WINDOWS)
@@ -228,7 +228,7 @@ def test_a_saved_model_gives_the_same_logits(family):
 
 
 def check_nll(model, prompts):
-    """Of trees, or of what prompts.packed makes of them: the NLL of the prompts one by one."""
+    """The NLL from trees, packed or not, is that of the prompts run one by one."""
     nll, _, _, place, window = token_nlls(model, prompts, build_trees(prompts, WINDOWS))
     with torch.no_grad():
         alone = torch.cat([separate_nll(model, prompts, window) for window in WINDOWS])
@@ -236,7 +236,7 @@ def check_nll(model, prompts):
 
 
 def check_rank(model, prompts, softmax, windows=WINDOWS[::3], k=6):
-    """The k best unseen titles by every title's score in a prompt of its own."""
+    """The search finds the k best unseen titles, judged by each title's score in its own prompt."""
     legal = continuations(prompts) if softmax == "trie" else None
     ranking = rank(model, prompts, windows, k, softmax, width=4)
     for window, items, scores in zip(windows, ranking.items, ranking.scores):
@@ -264,7 +264,7 @@ def test_the_search_is_the_whole_catalogue(family, softmax):
 
 
 def check_derivative(model, prompts):
-    """Forward mode of all targets at once is one backward a target, at both points of a path."""
+    """Forward mode for all targets at once equals one backward per target at both path points."""
     batch = collate(build_trees(prompts, WINDOWS[:2]))
     expected = np.zeros(len(batch.label))
     with forward_mode(model):
@@ -295,7 +295,7 @@ def test_the_derivative_is_one_backward_a_token(family):
 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma 3", "gpt-oss", "Llama 4"])
 def test_prompts_longer_than_a_window_run_alone(name):
-    """A mask would give the oldest tokens back."""
+    """Our mask replaces the model's own, and would show it tokens that its window hides."""
     model = random_model(*FAMILIES[name], window=LONGEST - 1)
     prompts = fall_back_to_unpacked(model, PROMPTS, WINDOWS)
     assert not prompts.packed
@@ -305,7 +305,7 @@ def test_prompts_longer_than_a_window_run_alone(name):
 
 
 def test_the_longest_prompt_decides():
-    """Of all windows, and with any title, since the search puts each after every history."""
+    """It is taken over all windows and titles: the search puts every title after every history."""
     model = random_model(*FAMILIES["Mistral"], window=LONGEST)
     lengths = []
     for window in WINDOWS:
@@ -339,7 +339,7 @@ def test_a_plain_batch_longer_than_a_window_is_refused():
     assert len(token_relevance(model, plain_batch(*plain_rows(8)))) == 4
 
 
-# ------------------------------------------------ found before anything is spent
+# ------------------------------------------------ faults found before training starts
 
 
 def run_of(small, model, folder, *more):
@@ -432,7 +432,7 @@ def test_padding_never_touches_a_target():
 
 
 def test_a_model_that_scales_its_embeddings_in_place_gets_fresh_ones():
-    """CTRL: the second pass is that of the first embeddings, not of what became of them."""
+    """CTRL scales its input in place, so that every pass needs a fresh copy."""
     model = random_model(*FAMILIES["CTRL"])
     batch = collate(build_trees(PROMPTS, WINDOWS[:2]))
     check_derivative(model, PROMPTS)
@@ -454,7 +454,7 @@ def test_a_model_that_scales_its_embeddings_in_place_gets_fresh_ones():
     ],
 )
 def test_positions_are_found(kind, changes, found):
-    """As many tokens can be read, and for learned positions not one more."""
+    """The model reads that many tokens and, with learned positions, not one more."""
     changes = {"max_position_embeddings": found} | changes
     model = random_model(kind, changes)
     assert data.positions(model) == found
@@ -467,7 +467,7 @@ def test_positions_are_found(kind, changes, found):
 
 
 def test_a_model_that_finds_the_tokens_of_embeddings_is_refused(tmp_path):
-    """Gemma 4 wants tokens and embeddings together."""
+    """Gemma 4 recovers token ids from the embeddings."""
     layers = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
     four = {"vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8}
     four |= {"num_kv_shared_layers": 0, "global_head_dim": 8}
@@ -490,10 +490,10 @@ def test_a_model_that_makes_more_of_tokens_than_of_embeddings_is_refused():
 
 
 def test_what_gemma_3n_looks_up_for_every_layer_is_kept():
-    """Where embeddings stand for tokens, they are read as the tokens are."""
+    """Our passes on embeddings look up what the token ids would; the bare model does not."""
     model = gemma_3n()
     for name, weight in model.named_parameters():
-        if name.endswith("correct_output_scale"):  # zero at first: no part of what is looked up
+        if name.endswith("correct_output_scale"):  # starts at zero, which hides the lookup
             torch.nn.init.normal_(weight)
     assert not data.reads_tokens(model)
     batch = collate(build_trees(PROMPTS, WINDOWS[:2]))

@@ -96,7 +96,7 @@ def test_a_full_disk_in_the_third_checkpoint_leaves_the_second(whole, tmp_path, 
 
 @contextlib.contextmanager
 def small_files(size):
-    """Writing beyond `size` bytes of any file fails, in Python, torch and safetensors alike."""
+    """No file can grow beyond `size` bytes, whether Python, torch or safetensors writes it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -106,7 +106,7 @@ def small_files(size):
 
 
 def test_a_limit_on_file_size_costs_nothing_that_was_there(whole, tmp_path, fails):
-    """The writers of torch and safetensors are not Python's: this is how they meet a real limit."""
+    """Unlike /dev/full above, this also reaches writers that do not use Python's `open`."""
     flags, expected = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     with small_files(60_000):  # smaller than a checkpoint
@@ -174,7 +174,7 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
     gdrt.main(flags)
     path = tmp_path / "run" / name
     path.write_text(path.read_text()[:50])
-    if name == "gdrt/metrics.json":  # made of the others, so it is made again
+    if name == "gdrt/metrics.json":  # derived from the others, so it is rebuilt
         gdrt.main([*flags, "--resume"])
         assert json.loads(path.read_text())["test"]
     else:
@@ -344,7 +344,7 @@ RUNS_CODE = (
 
 
 def dangers_of_call(node):
-    """What a call does that it must not."""
+    """The forbidden things that a call does."""
     name = ast.unparse(node.func)
     words = {word.arg: ast.unparse(word.value) for word in node.keywords}
     if name.endswith("torch.load") and words.get("weights_only") != "True":
@@ -362,7 +362,7 @@ def dangers_of_call(node):
 
 
 def dangers(source):
-    """What a module does that it must not: (line, what)."""
+    """The forbidden things that a module does: [(line, what)]."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
@@ -399,7 +399,7 @@ def test_the_check_above_sees(line):
 
 
 def listing(folder):
-    """{path: (size, mtime)} below a folder, byte code and git's own files apart."""
+    """{path: (size, mtime)} of a folder's files, without byte code, git's files and test caches."""
     return {
         str(path): (path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(Path(folder).rglob("*"))
@@ -409,7 +409,7 @@ def listing(folder):
 
 
 def writes_nothing_else(flags, tmp_path):
-    """Run gdrt.py in empty folders -> what it printed; it may write to --out and --cache alone."""
+    """Run gdrt.py in empty folders -> the process; only --out and --cache may be written to."""
     places = [tmp_path / name for name in ("home", "tmp", "cwd", "out", "cache")]
     for place in places:
         place.mkdir()
@@ -440,7 +440,7 @@ def writes_nothing_else(flags, tmp_path):
     left = []
     for place in (home, temporary, cwd):
         left += [path for path in place.rglob("*") if not path.name.startswith("torchinductor_")]
-    assert left == []  # but torch's own empty folder, made in TMPDIR when it is imported
+    assert left == []  # torch's empty folder, which importing it makes in TMPDIR, is left out
     assert listing(ROOT) == before and any(out.rglob("report.html"))
     return done
 

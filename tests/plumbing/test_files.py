@@ -1,4 +1,4 @@
-"""Files of other people: what is read from each format, and what is refused by name."""
+"""Other people's files: what is read from each format, and what is refused by name."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_no_known_title_field_stops_and_lists_the_header(tmp_path):
 
 
 def test_ids_that_do_not_meet_stop_and_list_the_header(tmp_path):
-    """pandas makes 1.0 of 1 where a column has a gap."""
+    """pandas writes 1 as 1.0 where the column has a gap."""
     rows = [f"{i}.0\tThing {i}" for i in range(ITEMS)]
     folder = recbole(tmp_path, item_file("item_id:token\ttitle:token", rows))
     with pytest.raises(InputError, match="12 of 12 items .*'0'.*'0.0'.*item_id, title"):
@@ -169,7 +169,7 @@ def test_quotes_as_pandas_writes_them():
 
 
 def test_a_quote_that_does_not_close_spoils_its_own_title_alone(capsys):
-    """Each record as csv and pandas read it, unless it would swallow what follows."""
+    """Each record is read as csv and pandas do, unless it would swallow what follows."""
     text = (
         'item_id:token\ttitle:token\tbrand:token\n1\t"Weird" Al\tx\n2\t"Open\tx\n'
         '3\t"The ""Lamp"" Kit"\tx\n4\t"Half\tx"\n5\tplain\t"y\n6\t"A\ttab"\tx\n'
@@ -266,7 +266,7 @@ def test_without_a_preference_every_row_is_positive_and_one_line_says_so(capsys)
 
 
 def test_movielens_csv(tmp_path):
-    """ml-latest and ml-25m: quotes around titles with commas, genres with bars."""
+    """As in ml-latest and ml-25m, titles with commas are quoted and genres are joined by bars."""
     films = "movieId,title,genres\n" + "".join(
         f'{i},"Film {i}, The (1999)",Drama|Sci-Fi\n' for i in range(1, ITEMS)
     )
@@ -324,7 +324,7 @@ def test_recbole_split_files_with_lists(tmp_path):
 
 
 def msl(folder, time=str, valid=False, names=None):
-    """MSL's folder. time: how a window's times are written; names: instead of real titles."""
+    """A folder like MSL's. time: writes a window's times; names: replace the usual titles."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"train": range(2, 5), "valid": range(5, 6), "test": range(6, 7)}
     for part, lengths in parts.items():
@@ -388,7 +388,7 @@ def test_a_null_title_is_one_untitled_item(tmp_path):
 
 
 def test_long_csv_fields(tmp_path):
-    """csv's own limit is 131,072 letters a field."""
+    """Python's csv module by default allows a field 131,072 characters."""
     folder = msl(tmp_path)
     with open(tmp_path / "train.csv", "a") as file:
         file.write('1,"' + str([i % ITEMS for i in range(60_000)]) + '",1\n')
@@ -405,7 +405,7 @@ def test_the_missing_file_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("ids, nested", [(True, False), (False, False), (True, True)])
 def test_d3_and_minionerec(ids, nested, tmp_path):
-    """Titles in the CSV itself, in train.csv or in train/Books_2016.csv."""
+    """The CSV itself has the titles, whether it is train.csv or train/Books_2016.csv."""
     for part, length in (("train", 3), ("valid", 4), ("test", 5)):
         header = "user_id,history_item_title,item_title"
         header += ",history_item_id,item_id,timestamp" if ids else ""

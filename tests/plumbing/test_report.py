@@ -66,7 +66,7 @@ def audit_of(source, K):
 
 
 def update_line(i, steps, q, source):
-    """A line of metrics.jsonl: the losses fall, every group's in parallel."""
+    """A line of metrics.jsonl: the losses fall, those of all groups alike."""
     fall = 1 + 2 * np.exp(-3 * i / steps)
     K = len(q)
     return {
@@ -166,7 +166,7 @@ def lines(path, values):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, the visible text, and whether every tag is closed in its turn."""
+    """Tags with their attributes, the visible text, and whether tags are closed in order."""
 
     VOID = {"meta", "br", "link", "img", "path", "use"}
 
@@ -242,7 +242,7 @@ def test_report(tmp_path):
     ):
         assert number in shown
     assert "GDRT less SFT: NDCG@10" in shown
-    for loss in LOSSES:  # the first window is shown, whole
+    for loss in LOSSES:  # the first window is shown in full
         line = json.loads((folder / loss / "predictions.jsonl").read_text().split("\n")[0])
         assert all(escape(title) in text for title in line["titles"] + line["history"])
     again = report.write_report(folder, tmp_path / "again.html")
@@ -333,7 +333,7 @@ def test_tables_escape():
 
 
 def test_whatever_a_run_holds_is_escaped(tmp_path):
-    """Names of groups, losses, users and settings are data, too."""
+    """The names of the folder, groups, users and settings are data, too."""
     folder = make_run(tmp_path / EVIL.replace("/", "|"))
     for file in folder.rglob("*.json*"):
         text = file.read_text(encoding="utf-8")

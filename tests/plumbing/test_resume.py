@@ -41,7 +41,7 @@ def whole(small, tmp_path_factory):
 
 
 def assert_same(folder, whole):
-    """Every file of the two runs, but for times: weights, optimizer, q, lists, metrics, groups."""
+    """The two runs agree in every file but for times, from weights and optimizer to the lists."""
     found = contents(folder)
     expected = contents(whole)
     assert list(found) == list(expected)
@@ -78,9 +78,9 @@ def die():
 
 
 def die_in(module, name, number, match=""):
-    """SIGKILL at the `number`th call of module.name, from 1.
+    """SIGKILL at the `number`th call of module.name, counted from 1.
 
-    match: only calls with this in an argument count.
+    match: a text; calls without it in their arguments are not counted.
     """
     module = sys.modules[module]
     calls = []
@@ -131,10 +131,10 @@ def test_a_run_killed_at_every_kind_of_moment_ends_alike(whole, tmp_path):
 
 
 def kill_at_random(whole, tmp_path, seed):
-    """Kill after a seeded share of the time a whole run takes, go on, compare."""
+    """Kill a run after a seeded share of its usual time, resume it and compare."""
     flags, folder, seconds = whole
     delay = random.Random(seed).uniform(0, seconds)
-    for attempt in range(9):  # a machine that is suddenly faster ends before the blow
+    for attempt in range(9):  # a suddenly faster machine finishes before the kill
         argv = [*flags, "--out", str(tmp_path), "--name", f"run{attempt}"]
         process = start(command, argv, tmp_path / "log")
         time.sleep(delay / 2**attempt)
@@ -163,7 +163,7 @@ def test_a_run_killed_at_more_random_moments_ends_alike(whole, tmp_path, seed):
 
 
 def press(name, number):
-    """Ctrl-C at the `number`th call of gdrt.name, from 1."""
+    """Ctrl-C at the `number`th call of gdrt.name, counted from 1."""
     original = getattr(gdrt, name)
     calls = []
     # A shell starts its background jobs with the signal ignored.
@@ -187,7 +187,7 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name,
     words = log.read_text().splitlines()[-1]
     assert words.startswith("interrupted; go on with: python gdrt.py --dataset")
     assert "Traceback" not in log.read_text()
-    if name == "training_step":  # --save-every is 2: this checkpoint is Ctrl-C's
+    if name == "training_step":  # --save-every is 2, so Ctrl-C wrote this checkpoint
         path = tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt"
         assert torch.load(path, weights_only=True)["step"] == 3
     assert finish(shlex.split(words.split("gdrt.py ")[1]), log) == 0, log.read_text()
@@ -262,7 +262,7 @@ def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatc
     argv = [*flags, "--out", str(folder.parent), "--name", "run", "--resume"]
     link = tmp_path / "link"
     link.symlink_to(films)
-    copied = tmp_path / "copied" / "books"  # another domain, were the name to tell it
+    copied = tmp_path / "copied" / "books"  # the name would suggest another domain
     shutil.copytree(films, copied)
     monkeypatch.chdir(films.parent)
     for place in (films.name, link, copied):
