@@ -254,7 +254,9 @@ class Shop:
     """One seed of the study on toy: its start, what it measures and what it trains."""
 
     def __init__(self, seed, folder, cache):
-        self.seed, self.folder, self.cache = seed, folder, cache
+        self.seed = seed
+        self.folder = folder
+        self.cache = cache
         self.arguments = quality.make_run("sft", quality.SETTINGS["toy-shop"], seed)["arguments"]
         self.dataset = load_dataset("toy", history=self.arguments["history"])
         self.windows = self.dataset.train
@@ -400,9 +402,11 @@ def agreement_with_all(measured, shop):
     for name, by_seed in everything.items():
         whole = name.removesuffix(", half of the windows")
         label = f"{name} against all" if name != whole else f"{name}, sample against all"
-        some = by_seed if name != whole else measured["warm-up"][name]
+        some = by_seed if name != whole else measured.get("warm-up", {}).get(name, {})
         result[label] = []
-        for seed, (r, _) in everything[whole].items():
+        for seed, (r, _) in everything.get(whole, {}).items():
+            if seed not in some:
+                continue
             pair = agreement_of(some[seed][0], r, shop.prompts, shop.windows)
             result[label].append([round(x, 4) for x in pair])
     return result
@@ -437,7 +441,12 @@ def shop_study(args):
             definition: describe_definition(by_seed, shops[0])
             for definition, by_seed in by_definition.items()
         }
-    r, _ = measured["warm-up"]["gradient, floor 0.5"][0]
+    default = measured.get("warm-up", {}).get("gradient, floor 0.5", {})
+    if 0 not in default:
+        raise InputError(
+            "--done: seed 0 has no relevance by gradient yet; first run without --done"
+        )
+    r, _ = default[0]
     choice = with_choice(r, shops[0].prompts)
     return {
         "command": "python benchmarks/relevance.py --shop",
@@ -638,7 +647,9 @@ def show(result):
         print(format_table(header, rows) + "\n")
         if "AUC" in told:
             header = "AUC of the planted bias", "all tokens", "tokens with a choice"
-            rows = [(name, *(f"{x:.2f}" for x in auc)) for name, auc in told["AUC"].items()]
+            rows = []
+            for name, auc in told["AUC"].items():
+                rows.append((name, *(f"{x:.2f}" for x in auc)))
             print(format_table(header, rows) + "\n")
     print(agreement_table(result))
 

@@ -788,7 +788,7 @@ def memory(args):
     """
     known = read_results(args.out)["rows"].get("train-tiny", {}).get("peer batch size", 16)
     with tempfile.TemporaryDirectory() as folder:
-        command = [ROOT / "gdrt.py", "--device", "cpu", "--out", folder]
+        command = [ROOT / "gdrt.py", "--device", "cpu", "--batch", TINY_PLAN, "--out", folder]
         if args.share < 1:
             windows = round(args.share * len(dataset_of("ml-100k").train))
             command += ["--windows", windows, "--epochs", 1]

@@ -394,7 +394,8 @@ def diagnosis_table(results, lines):
     for line in on_validation(lines) + by_ablation:
         a = line["arguments"]
         if "diagnosis" in line and a["loss"] in ("sft", "gdrt"):
-            setup = (a["dataset"], a["windows"] or np.inf, a["epochs"])
+            data = a["dataset"] if a["model"] == "tiny" else f"{a['dataset']}, {a['model']}"
+            setup = (data, a["windows"] or np.inf, a["epochs"])
             rows = setups.setdefault(setup, {"sft": {}, "gdrt": {}})
             rows[a["loss"]][a["seed"]] = line
     body = []

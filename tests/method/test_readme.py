@@ -97,11 +97,6 @@ def test_the_front_page_stays_one():
         assert (ROOT / picture).exists()
 
 
-def test_own_trainer_takes_forty_lines():
-    section = re.search(r"## In your own trainer\n.*?(?=\n## )", README, re.S)[0]
-    assert len(section.splitlines()) <= 40
-
-
 def test_tables_are_those_of_the_results(monkeypatch):
     """results/README.md has what speed.py --table, tables.py and relevance.py make of results/."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

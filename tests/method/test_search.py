@@ -5,7 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import continuations, prompt_of, random_prompts, separate_logits, small_model
+from conftest import (
+    continuations,
+    prompt_of,
+    random_prompts,
+    random_windows,
+    separate_logits,
+    small_model,
+)
 from transformers import DynamicCache
 
 from data import (
@@ -17,7 +24,7 @@ from data import (
     make_prompts,
     positions,
 )
-from evaluate import rank, rank_by_definition
+from evaluate import compress, rank, rank_by_definition
 
 GAP = 1e-4  # nats; titles closer than this may stand in either order
 
@@ -79,8 +86,18 @@ def test_top_ten_equals_scoring_every_title(toy, scored, softmax, width, rows, k
     windows, truth = scored
     ranking = rank(model, prompts, windows, 10, softmax, keep_seen, width, rows)
     check(ranking, truth[softmax], windows, 10, keep_seen)
-    if width == 1:
-        assert (ranking.forwarded < 140).all()  # toy's trie has 136 edges
+
+
+@pytest.mark.parametrize("softmax", ["trie", "full"])
+def test_most_prefixes_of_a_branching_catalogue_are_never_read(softmax):
+    """And the lists are exact all the same."""
+    model = small_model()
+    prompts = random_prompts(2, 200, letters=6)
+    windows = random_windows(200, 3, users=4)
+    ranking = rank(model, prompts, windows, 10, softmax, keep_seen=True, width=1)
+    edges = len(compress(prompts.trie).item)
+    assert (ranking.forwarded < edges / 2).all()
+    check(ranking, score_all(model, prompts, windows)[softmax], windows, 10, keep_seen=True)
 
 
 def test_the_two_normalisations_differ(scored):

@@ -671,7 +671,7 @@ def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_pa
 def diagnosed_line(loss, seed, ndcg, share):
     """A trial on toy's validation windows with what was diagnosed after its warm-up."""
     arguments = {"dataset": "toy", "windows": None, "epochs": 2, "loss": loss, "seed": seed}
-    arguments |= {"start": "untrained", "no_test": True}
+    arguments |= {"model": "tiny", "start": "untrained", "no_test": True}
     valid = {"NDCG@10": ndcg, "HR@10": ndcg, "legal NLL": 4.0, "MGU@5": 0.1}
     return {
         "key": f"{loss}{seed}",
