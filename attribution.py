@@ -95,8 +95,8 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 def cut(r, weight, n_groups):
     """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
 
-    r and weight (how often a token is trained on) are of one shape. group: the same shape, 0 the
-    least relevant, -1 where r is NaN. Equal r share a group. cuts: lowest r of each group.
+    r, weight (how often a token is trained on) and group are of one shape. group: 0 is the least
+    relevant, -1 where r is NaN; equal r share one, an empty one is an InputError. cuts: lowest r.
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
