@@ -248,7 +248,7 @@ def tuning_runs(name):
     if name == "tune-epochs":  # is another number of epochs better for one of the two?
         return trials(["sft", "gdrt"], grid, epochs=(2, 3, 6))
     if name == "tune-lr-lora":  # the same trials for both
-        few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 3}
+        few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 6}
         rows = ["sft", "gdrt uniform by probability"]
         return trials(rows, few, lr=(1e-3, 2e-3, 4e-3))
     both = ["sft", "gdrt uniform"]

@@ -484,7 +484,7 @@ TOLD = (
     ("by chance", "same group by chance"),
     ("s", "seconds"),
 )
-SHOWN = {  # moment: definitions that results/README.md shows; the file holds all
+SHOWN = {  # moment: definitions that results/relevance.md shows; the file holds all
     "warm-up": (
         *(f"gradient, floor {floor:g}" for floor in FLOORS),
         "gradient, minus the user's alone",
@@ -512,7 +512,7 @@ def cells_of(told):
 
 
 def readme_tables(result):
-    """Markdown for results/README.md: some definitions, and the trainings."""
+    """Markdown for results/relevance.md: some definitions, and the trainings."""
     rows = []
     for moment, names in SHOWN.items():
         described = result["definitions"].get(moment, {})
@@ -545,7 +545,7 @@ def training_rows(training):
 
 
 def show_shop(result):
-    """Every definition at each moment, then what results/README.md shows."""
+    """Every definition at each moment, then what results/relevance.md shows."""
     for moment, described in result["definitions"].items():
         rows = [(name, *cells_of(told)) for name, told in described.items()]
         print(format_table((f"measured: {moment}", "seeds", *dict(TOLD)), rows) + "\n")

@@ -1,8 +1,8 @@
-"""Tables and figures of results/README.md, from results/quality.jsonl and outcomes.npz alone.
+"""Tables and figures of results/, from results/quality.jsonl and outcomes.npz alone.
 
     python benchmarks/tables.py [SECTION ...]            Markdown of what TITLES lists
-    python benchmarks/tables.py --readme --figures       into README.md, between its markers,
-                                                         tables.md and figures/ in results/
+    python benchmarks/tables.py --pages --figures        into results/: tables.md, the other pages
+                                                         between their markers, and figures/
 
 How sure: accuracy and title NLL are known by user, so users, with all their windows, and seeds are
 resampled together, a run and SFT of the same seed on the same draw; the interval lies between the
@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from outcomes import FIELDS, read_array, read_lines
 
+from data import write_atomic
 from evaluate import resample
 
 # Student's t at 97.5%, by degrees of freedom.
@@ -854,36 +855,52 @@ def document(done):
     return "\n\n".join(parts) + "\n"
 
 
-def into_readme(text, name, body):
-    """README's text with `body` between <!-- quality: NAME --> and <!-- /quality: NAME -->.
+IN_FULL_ONLY = ("HR@10", "NLL by group", "DGU@5", "coverage@10", "aux:user")
+
+
+def narrow(body):
+    """Markdown whose tables lack the columns of IN_FULL_ONLY, for the pages that are read."""
+    lines = []
+    kept = None  # the columns of the present table that stay; None between tables
+    for line in body.strip().splitlines():
+        cells = line.split("|")[1:-1]
+        if not cells:
+            kept = None
+        elif kept is None:
+            kept = [i for i, name in enumerate(cells) if name.strip() not in IN_FULL_ONLY]
+        lines.append("|" + "|".join(cells[i] for i in kept) + "|" if cells else line)
+    return "\n".join(lines)
+
+
+def into_page(text, name, body):
+    """A page's text with `body` between <!-- quality: NAME --> and <!-- /quality: NAME -->.
 
     Without these markers it comes back unchanged.
     """
     pattern = rf"(<!-- quality: {name} -->\n).*?(<!-- /quality: {name} -->)"
 
     def replacement(found):
-        return found[1] + "\n" + body.strip() + "\n\n" + found[2]
+        return found[1] + "\n" + narrow(body) + "\n\n" + found[2]
 
     return re.sub(pattern, replacement, text, flags=re.DOTALL)
 
 
-def write_readme(results, done):
-    """All tables into DIR/tables.md, and into DIR/README.md those that it has markers for."""
-    readme = results / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    for name, body in done.items():
-        text = into_readme(text, name, body)
-    if readme.exists():
-        readme.write_text(text, encoding="utf-8")
-    (results / "tables.md").write_text(document(done), encoding="utf-8")
+def write_pages(results, done):
+    """All tables into DIR/tables.md, and narrowed into the other pages that have their markers."""
+    for page in results.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for name, body in done.items():
+            text = into_page(text, name, body)
+        write_atomic(page, text)
+    write_atomic(results / "tables.md", document(done))
 
 
 def parser():
-    p = argparse.ArgumentParser(description="README's tables and figures from results/.")
+    p = argparse.ArgumentParser(description="Tables and figures from results/.")
     p.add_argument("section", nargs="*", help=f"print only these of {', '.join(TITLES)}")
     p.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR")
-    readme = "write DIR/README.md, between its markers, and DIR/tables.md instead of printing"
-    p.add_argument("--readme", action="store_true", help=readme)
+    pages = "write DIR/tables.md, and the other pages of DIR between their markers; print nothing"
+    p.add_argument("--pages", action="store_true", help=pages)
     figures = "draw DIR/figures/dose.svg and epochs.svg; needs matplotlib"
     p.add_argument("--figures", action="store_true", help=figures)
     return p
@@ -898,9 +915,9 @@ def main(argv=None):
     if not lines:
         path = args.results / "quality.jsonl"
         p.error(f"{path} holds no results; run benchmarks/quality.py first")
-    done = sections(args.results, TITLES if args.readme else args.section or TITLES)
-    if args.readme:
-        write_readme(args.results, done)
+    done = sections(args.results, TITLES if args.pages else args.section or TITLES)
+    if args.pages:
+        write_pages(args.results, done)
     else:
         print(document(done))
     if args.figures:

@@ -386,8 +386,8 @@ def test_area_under_curve():
 def test_default_relevance_finds_the_planted_bias(toy):
     """Tokens that follow from prefix or frequency alone stand above those that taste explains.
 
-    Most tokens are the only continuation, which makes it easy. results/README.md has the AUC among
-    the 136 tokens with a choice, the first of each title, 16 of which are biased.
+    Most tokens are the only continuation, which makes it easy. results/relevance.md has the AUC
+    among the 136 tokens with a choice, the first of each title, 16 of which are biased.
     """
     dataset, model, tokenizer, prompts = toy
     r = relevance(model, prompts, dataset.train)

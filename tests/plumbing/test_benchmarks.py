@@ -268,7 +268,7 @@ def test_the_study_derives_the_default_relevance(method):
 def test_the_studys_tables_are_those_of_its_file():
     results = ROOT / "results"
     found = json.loads((results / "relevance-shop.json").read_text(encoding="utf-8"))
-    shown = (results / "README.md").read_text(encoding="utf-8")
+    shown = (results / "relevance.md").read_text(encoding="utf-8")
     assert relevance.readme_tables(found) in shown
 
 
@@ -542,7 +542,7 @@ def test_statements_find_what_was_put_in(made_up):
     assert rows[0][1].startswith("**+20.0% [") and rows[-1][1].startswith("**+8% [")
 
 
-def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(made_up, capsys):
+def test_grid_leaves_sweeps_to_their_table_and_pages_keep_the_rest(made_up, capsys):
     text = tables.sections(made_up, ("grid", "sweep"))
     assert "=" not in text["grid"] and text["grid"].count("\n| gdrt |") == 1
     assert [line.split("|")[1:3] for line in text["sweep"].splitlines()[2:]] == [
@@ -558,17 +558,26 @@ def test_grid_leaves_sweeps_to_their_table_and_readme_keeps_the_rest(made_up, ca
     last = text["sweep"].splitlines()[-1].split("|")
     assert last[3].startswith(" 0.04") and last[5].startswith(" **+25.0 [")
     old = "# A\n<!-- quality: grid -->\nold\n<!-- /quality: grid -->\nafter \\1\n"
-    (made_up / "README.md").write_text(old)
-    tables.main(["--results", str(made_up), "--readme", "--figures"])
-    tables.main(["--results", str(made_up), "--readme"])  # a second time changes nothing
-    readme = (made_up / "README.md").read_text()
-    assert "old" not in readme
-    assert readme.startswith("# A\n<!-- q")
-    assert readme.endswith("after \\1\n")
-    assert readme.count("| sft |") == 1
+    for name in ("README.md", "older.md"):
+        (made_up / name).write_text(old)
+    tables.main(["--results", str(made_up), "--pages", "--figures"])
+    tables.main(["--results", str(made_up), "--pages"])  # a second time changes nothing
+    for name in ("README.md", "older.md"):
+        page = (made_up / name).read_text()
+        assert "old" not in page
+        assert page.startswith("# A\n<!-- q")
+        assert page.endswith("after \\1\n")
+        assert page.count("| sft |") == 1
     assert "<svg" in (made_up / "figures" / "dose.svg").read_text()
     whole = (made_up / "tables.md").read_text()
     assert all(f"## {name}\n" in whole for name in text) and text["sweep"] in whole
+
+
+def test_a_page_has_the_tables_without_their_columns_of_detail():
+    body = "words\n\n|  | HR@10 | NDCG@10 |\n| --- | --- | --- |\n| sft | 0.3 | 0.2 |\n\n"
+    body += "| to SFT | DGU@5 |\n| --- | --- |\n| +1 | 2 |"
+    narrow = "words\n\n|  | NDCG@10 |\n| --- | --- |\n| sft | 0.2 |\n\n"
+    assert tables.narrow(body) == narrow + "| to SFT |\n| --- |\n| +1 |"
 
 
 def test_a_changed_configuration_does_not_mix_with_the_old_one(made_up):
