@@ -741,7 +741,7 @@ def auxiliary_shares(aux, user, place, group, n_groups):
 
 
 AUDITED = 60  # windows, at most, that the audit reads: its shares are then certain to about 0.022
-GRADIENT_EVERY = 6  # one of so many is read by gradient, which costs as much as 25 forwards
+GRADIENT_EVERY = 10  # one of so many is read by gradient, which costs as much as 25 forwards
 
 
 def audit(
@@ -775,7 +775,7 @@ def shares_by_method(model, prompts, windows, group, n_groups, device="cpu"):
     """{method: auxiliary_shares} of the windows' target tokens.
 
     'ablation' has the softmax over the vocabulary, 'legal ablation' over legal continuations.
-    'gradient' is on every sixth window alone, since it costs most, and is left out where the model
+    'gradient' is on every tenth window alone, since it costs most, and is left out where the model
     has no forward-mode derivative.
     """
 

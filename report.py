@@ -94,7 +94,7 @@ relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) 
 auxiliary tokens, and the {{ split }} windows' NLL in each group, in nats a token.</p>
 {{ table(*part) }}{% endcall %}
 {%- call(part) section("Attribution") %}<p>The sum of |A aux| over that of |A aux| + |A user|, for
-the target tokens of {{ part.of.windows }} windows, by gradient of every sixth. First tokens are
+the target tokens of {{ part.of.windows }} windows, by gradient of every tenth. First tokens are
 where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
 {{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
