@@ -699,8 +699,8 @@ def sweep_table(results, lines):
 TITLES = {  # in results/tables.md
     "headline": "ml-100k by time, 10,000 training windows, in short",
     "grid": "ml-100k by time, 10,000 training windows (`quality.py grid`)",
-    "leave-one-out": "ml-100k leave-one-out, all windows, the setting of `python gdrt.py --dataset "
-    "ml-100k` (`quality.py leave-one-out`)",
+    "leave-one-out": "ml-100k leave-one-out, all windows, four epochs, batch 128 (`quality.py "
+    "leave-one-out`)",
     "toy": "toy, where the biased tokens are known (`quality.py toy`): group 0 are the first words "
     "that taste decides, group 1 all that prefix or fame decides; true groups gives GDRT these two",
     "smollm2": "SmolLM2-135M-Instruct, 2,000 windows of ml-100k, one epoch in 48 updates, nothing "
