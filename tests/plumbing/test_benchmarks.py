@@ -677,14 +677,15 @@ def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_pa
     assert cells[4][4].startswith("**-25.0")
 
 
-def diagnosed_line(loss, seed, ndcg, share):
+def diagnosed_line(row, seed, ndcg, share, **changes):
     """A trial on toy's validation windows with what was diagnosed after its warm-up."""
-    arguments = {"dataset": "toy", "windows": None, "epochs": 2, "loss": loss, "seed": seed}
-    arguments |= {"model": "tiny", "start": "untrained", "no_test": True}
+    arguments = {"dataset": "toy", "windows": None, "epochs": 2, "seed": seed}
+    arguments |= {"model": "tiny", "start": "untrained", "no_test": True} | changes
+    arguments["loss"] = "sft" if row == "sft" else "gdrt"
     valid = {"NDCG@10": ndcg, "HR@10": ndcg, "legal NLL": 4.0, "MGU@5": 0.1}
     return {
-        "key": f"{loss}{seed}",
-        "row": "sft" if loss == "sft" else "gdrt uniform",
+        "key": f"{row}{seed}{arguments['model']}",
+        "row": row,
         "experiment": "toy-epochs",
         "arguments": arguments,
         "valid": valid,
@@ -693,15 +694,20 @@ def diagnosed_line(loss, seed, ndcg, share):
 
 
 def test_diagnosis_stands_beside_the_gain_and_epochs_are_drawn(tmp_path, capsys):
-    for seed, share in ((0, 0.8), (1, 0.9)):
-        for loss, ndcg in (("sft", 0.1), ("gdrt", 0.15)):
-            line = diagnosed_line(loss, seed, ndcg, share)
-            outcomes.add_lines(tmp_path, [line])
-            values = {name: np.full(6, ndcg) for name in outcomes.KINDS}
-            table = outcomes.by_user(np.arange(6), np.ones(6), values)
-            outcomes.add_arrays(tmp_path, {f"{line['key']}/valid": table})
+    """The tiny model's gain is that of groups by gradient, a larger one's by probability."""
+    by = "gdrt uniform by "
+    rows = [("sft", 0.1), ("gdrt uniform", 0.15), (by + "ablation", 0.9), (by + "probability", 0.2)]
+    trials = itertools.product(({}, {"model": "smollm2"}), ((0, 0.8), (1, 0.9)), rows)
+    for changes, (seed, share), (row, ndcg) in trials:
+        line = diagnosed_line(row, seed, ndcg, share, **changes)
+        outcomes.add_lines(tmp_path, [line])
+        values = {name: np.full(6, ndcg) for name in outcomes.KINDS}
+        table = outcomes.by_user(np.arange(6), np.ones(6), values)
+        outcomes.add_arrays(tmp_path, {f"{line['key']}/valid": table})
     tables.main(["diagnosis", "--results", str(tmp_path), "--figures"])
-    row = capsys.readouterr().out.strip().splitlines()[-1].split("|")[1:-1]
-    assert [cell.strip() for cell in row[:6]] == ["toy", "all", "2", "2", "0.050", "85%"]
-    assert row[6].strip().startswith("**+50 ")
+    shown = capsys.readouterr().out.strip().splitlines()[-2:]
+    tiny, larger = ([cell.strip() for cell in row.split("|")[1:-1]] for row in shown)
+    assert tiny[:6] == ["toy", "all", "2", "2", "0.050", "85%"]
+    assert tiny[6].startswith("**+50 ")
+    assert larger[0] == "toy, smollm2" and larger[6].startswith("**+100 ")
     assert "<svg" in (tmp_path / "figures" / "epochs.svg").read_text()
