@@ -106,7 +106,7 @@ SETTINGS = {
         "lora": 8,
         "batch": 64,
         "epochs": 1,  # half an hour on one core
-        "lr": 2e-3,  # by tune-lr-lora; msl has its own in ROWS
+        "lr": 4e-3,  # by tune-lr-lora; msl has its own in ROWS
         "thinned": 3,  # every third held-out window: ranking takes as long as training
     },
 }
@@ -251,7 +251,7 @@ def tuning_runs(name):
     if name == "tune-lr-lora":  # the same trials for both
         few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 6}
         rows = ["sft", "gdrt uniform by probability"]
-        return trials(rows, few, lr=(1e-3, 2e-3, 4e-3))
+        return trials(rows, few, lr=(1e-3, 2e-3, 4e-3, 8e-3))
     both = ["sft", "gdrt uniform"]
     if name == "untrained":
         return trials(both, SETTINGS["main"], seeds=5, epochs=[2])

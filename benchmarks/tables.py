@@ -419,10 +419,14 @@ def diagnosis_table(results, lines):
         for name, form in {"user information": "{:.3f}", "language share": "{:.0%}"}.items():
             cells.append(form.format(np.mean([row[seed]["diagnosis"][name] for seed in seeds])))
         relative, _ = by_window(results, row, sft, "NDCG@10")
-        _, nats = by_window(results, row, sft, "legal NLL")
-        body.append(cells + [span(100 * np.array(relative), "{:+.0f}"), span(nats, "{:+.3f}")])
+        cells.append(span(100 * np.array(relative), "{:+.0f}"))
+        for seen_target in (False, True):
+            _, nats = by_window(results, row, sft, "legal NLL", seen_target)
+            cells.append(span(nats, "{:+.3f}"))
+        body.append(cells)
     header = ["data", "windows", "epochs", "seeds", "user information", "language share"]
-    return markdown([*header, "NDCG@10 to SFT, %", "title NLL to SFT, nats"], body)
+    header += ["NDCG@10 to SFT, %", "title NLL to SFT, nats", "of targets seen in training"]
+    return markdown(header, body)
 
 
 TRIED = ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
