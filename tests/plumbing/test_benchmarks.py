@@ -706,7 +706,7 @@ def test_diagnosis_stands_beside_the_gain_and_epochs_are_drawn(tmp_path, capsys)
         outcomes.add_arrays(tmp_path, {f"{line['key']}/valid": table})
     tables.main(["diagnosis", "--results", str(tmp_path), "--figures"])
     shown = capsys.readouterr().out.strip().splitlines()[-2:]
-    tiny, larger = ([cell.strip() for cell in row.split("|")[1:-1]] for row in shown)
+    tiny, larger = (row.strip("| ").split(" | ") for row in shown)
     assert tiny[:6] == ["toy", "all", "2", "2", "0.050", "85%"]
     assert tiny[6].startswith("**+50 ")
     assert larger[0] == "toy, smollm2" and larger[6].startswith("**+100 ")
