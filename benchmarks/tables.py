@@ -49,6 +49,12 @@ UNTRAINED = {
     "main": ALL_WINDOWS | {"start": "untrained"},
     "toy-shop": {"dataset": "toy", "start": "untrained"},
 }
+BY_EPOCHS = {  # tables by number of epochs, on validation windows
+    "epochs": UNTRAINED["main"],
+    "few-windows": UNTRAINED["main"] | {"windows": 10_000},
+    "toy-epochs": UNTRAINED["toy-shop"],
+    "toy-short": UNTRAINED["toy-shop"] | {"dataset": "toy-short"},
+}
 MAIN_EPOCHS = 3
 OWN_DATA = {"ml-100k", "toy", "toy-short"}  # all others are folders
 
@@ -738,7 +744,9 @@ TITLES = {  # in results/tables.md
     "(`quality.py transfer-uniform --data PATH/office PATH/book`)",
     "epochs": "Epochs on validation windows, the setting of main (`quality.py untrained` and "
     "`epochs`); to SFT after as many epochs",
+    "few-windows": "The same with 10,000 training windows (`quality.py few-windows`)",
     "toy-epochs": "Epochs on validation windows of toy (`quality.py toy-epochs`)",
+    "toy-short": "The same shop with titles without words of detail (`quality.py toy-short`)",
     "diagnosis": "User information and language share after the warm-up, and what GDRT gained on "
     "validation windows (`quality.py toy-epochs`, `toy-short`, `epochs` and `few-windows`)",
 }
@@ -768,9 +776,8 @@ def section(results, lines, name):
         return table(results, rows_of(lines, UNTRAINED["toy-shop"]))
     if name in ("transfer", "transfer-uniform"):
         return transfer_tables(results, lines, None if name == "transfer" else "untrained")
-    if name in ("epochs", "toy-epochs"):
-        wanted = UNTRAINED["main" if name == "epochs" else "toy-shop"]
-        return epochs_table(results, lines, wanted)
+    if name in BY_EPOCHS:
+        return epochs_table(results, lines, BY_EPOCHS[name])
     if name == "tune":
         return tuning_table(lines)
     if name == "power":
