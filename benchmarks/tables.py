@@ -94,11 +94,11 @@ def rows_of(lines, wanted):
 def on_validation(lines, rows=("sft", "gdrt uniform")):
     """What the lines of these rows say of validation windows, as lines of trials say it.
 
-    The number of epochs is dropped from a row's name.
+    The numbers of epochs and of the learning rate are dropped from a row's name.
     """
     trials = []
     for line in lines:
-        row = line["row"].split(" epochs=")[0]
+        row = re.split(" (?:epochs|lr)=", line["row"])[0]
         if "valid" in line and row in rows:
             kept = {name: value for name, value in line.items() if name != "test"}
             kept |= {"row": row, "arguments": line["arguments"] | {"no_test": True}}
@@ -412,11 +412,11 @@ def diagnosis_table(results, lines):
             continue
         if "diagnosis" in line and a["loss"] in ("sft", "gdrt"):
             data = a["dataset"] if a["model"] == "tiny" else f"{a['dataset']}, {a['model']}"
-            setup = (data, a["windows"] or np.inf, a["epochs"])
+            setup = (data, a["windows"] or np.inf, a["epochs"], a["lr"])
             rows = setups.setdefault(setup, {"sft": {}, "gdrt": {}})
             rows[a["loss"]][a["seed"]] = line
     body = []
-    for (dataset, windows, epochs), rows in sorted(setups.items()):
+    for (dataset, windows, epochs, _), rows in sorted(setups.items()):
         row, sft = rows["gdrt"], rows["sft"]
         seeds = set(row) & set(sft)
         if not seeds:

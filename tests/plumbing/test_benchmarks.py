@@ -680,11 +680,11 @@ def test_validation_runs_of_untrained_models_are_compared_at_equal_epochs(tmp_pa
 def diagnosed_line(row, seed, ndcg, share, **changes):
     """A trial on toy's validation windows with what was diagnosed after its warm-up."""
     arguments = {"dataset": "toy", "windows": None, "epochs": 2, "seed": seed}
-    arguments |= {"model": "tiny", "start": "untrained", "no_test": True} | changes
+    arguments |= {"model": "tiny", "start": "untrained", "lr": 1.0, "no_test": True} | changes
     arguments["loss"] = "sft" if row == "sft" else "gdrt"
     valid = {"NDCG@10": ndcg, "HR@10": ndcg, "legal NLL": 4.0, "MGU@5": 0.1}
     return {
-        "key": f"{row}{seed}{arguments['model']}",
+        "key": f"{row}{seed}{arguments['model']}{arguments['lr']}",
         "row": row,
         "experiment": "toy-epochs",
         "arguments": arguments,
@@ -698,7 +698,8 @@ def test_diagnosis_stands_beside_the_gain_and_epochs_are_drawn(tmp_path, capsys)
     by = "gdrt uniform by "
     rows = [("sft", 0.1), ("gdrt uniform", 0.15), (by + "ablation", 0.9), (by + "probability", 0.2)]
     trials = itertools.product(({}, {"model": "smollm2"}), ((0, 0.8), (1, 0.9)), rows)
-    for changes, (seed, share), (row, ndcg) in trials:
+    at_another_rate = (({"lr": 9.0}, (0, 0.1), ("sft", 0.7)),)  # which is paired with nothing
+    for changes, (seed, share), (row, ndcg) in (*trials, *at_another_rate):
         line = diagnosed_line(row, seed, ndcg, share, **changes)
         outcomes.add_lines(tmp_path, [line])
         values = {name: np.full(6, ndcg) for name in outcomes.KINDS}
