@@ -682,6 +682,8 @@ def diagnosed_line(row, seed, ndcg, share, **changes):
     arguments = {"dataset": "toy", "windows": None, "epochs": 2, "seed": seed}
     arguments |= {"model": "tiny", "start": "untrained", "lr": 1.0, "no_test": True} | changes
     arguments["loss"] = "sft" if row == "sft" else "gdrt"
+    if row != "sft":
+        arguments["relevance"] = row.split(" by ")[1] if " by " in row else "gradient"
     valid = {"NDCG@10": ndcg, "HR@10": ndcg, "legal NLL": 4.0, "MGU@5": 0.1}
     return {
         "key": f"{row}{seed}{arguments['model']}{arguments['lr']}",
