@@ -185,9 +185,9 @@ def detectable(sums, windows):
 # tables
 
 LEGEND = (
-    "Means over seeds; [95% interval] of the paired difference to SFT, bold where it excludes zero: "
-    "of accuracy and title NLL over users and seeds (of a single seed over users alone), of all "
-    "else over the seeds alone. Title NLL and NLL by group: held out, nats over legal "
+    "Means over seeds; [95% interval] of the paired difference to SFT, bold where it excludes "
+    "zero: of accuracy and title NLL over users and seeds (of a single seed over users alone), "
+    "of all else over the seeds alone. Title NLL and NLL by group: held out, nats over legal "
     "continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of taste), "
     "compared where both were read by the same groups. aux:user: attribution by ablation over the "
     "vocabulary; aux share: over legal continuations, so of tokens with a choice alone. seconds: "
