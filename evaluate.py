@@ -775,8 +775,8 @@ def shares_by_method(model, prompts, windows, group, n_groups, device="cpu"):
     """{method: auxiliary_shares} of the windows' target tokens.
 
     'ablation' has the softmax over the vocabulary, 'legal ablation' over legal continuations.
-    'gradient' is on every tenth window alone, since it costs most, and is left out where the model
-    has no forward-mode derivative.
+    'gradient' is on one window in GRADIENT_EVERY, since it costs most, and is left out where the
+    model has no forward-mode derivative.
     """
 
     def measure(windows, method, softmaxes=(None,)):

@@ -94,8 +94,8 @@ relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) 
 auxiliary tokens, and the {{ split }} windows' NLL in each group, in nats a token.</p>
 {{ table(*part) }}{% endcall %}
 {%- call(part) section("Attribution") %}<p>The sum of |A aux| over that of |A aux| + |A user|, for
-the target tokens of {{ part.of.windows }} windows, by gradient of every tenth. First tokens are
-where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
+the target tokens of {{ part.of.windows }} windows, by gradient of one in {{ every }}. First tokens
+are where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
 {{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
 has of the training histories and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
@@ -128,7 +128,7 @@ def shade(value, largest):
 
 # With a title and a record it renders a heat map; with what write_report gathers, a report.
 KNOWN = {"shade": shade, "span_sums": span_sums, "quantile": np.quantile, "abs": np.abs}
-KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE}
+KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE, "every": evaluate.GRADIENT_EVERY}
 PAGE = jinja2.Environment(autoescape=True).from_string(TEMPLATE, KNOWN)
 
 
