@@ -77,6 +77,13 @@ PARSER_DEFAULTS = {name: gdrt.parser().get_default(name) for name in ("batch", "
 TOY = {"dataset": "toy", "split": "leave-one-out", "windows": None}
 TOY_SHOP = TOY | PARSER_DEFAULTS | {"epochs": gdrt.default_epochs("toy")}
 FEW_WINDOWS = {"split": "leave-one-out", "windows": 10_000}
+SMOLLM2_10K = FEW_WINDOWS | {
+    "dataset": "ml-100k",
+    "model": "smollm2-135m",
+    "held": "probability",  # cuts the groups of held-out NLL; attribution takes too long
+    "epochs": 1,  # half an hour on one core
+    "thinned": 3,  # every third held-out window: ranking takes half as long as training
+}
 SETTINGS = {
     # 10,000 windows: the budget of this literature.
     "grid": {"dataset": "ml-100k", "split": "time", "windows": 10_000},
@@ -97,18 +104,8 @@ SETTINGS = {
         "epochs": 1,
         "lr": 2e-4,
     },
-    "smollm2-10k": {
-        "dataset": "ml-100k",
-        "split": "leave-one-out",
-        "windows": 10_000,
-        "model": "smollm2-135m",
-        "held": "probability",  # cuts the groups of held-out NLL; attribution takes too long
-        "lora": 8,
-        "batch": 64,
-        "epochs": 1,  # half an hour on one core
-        "lr": 4e-3,  # by tune-lr-lora; msl has its own in ROWS
-        "thinned": 3,  # every third held-out window: ranking takes as long as training
-    },
+    "smollm2-10k": SMOLLM2_10K | {"lora": 8, "batch": 64, "lr": 4e-3},  # by tune-lr-lora
+    "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 1e-4},  # by tune-lr-all
 }
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
@@ -160,6 +157,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
     "smollm2-10k": (("sft", *LORA_ROWS, "msl"), 2),
+    "smollm2-10k-all": (("sft", LORA_ROWS[0]), 2),
     "main": ((*UNTRAINED, "sft", *BY_RELEVANCE), 5),
     "toy-shop": ((*UNTRAINED, "sft", *BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
@@ -168,7 +166,8 @@ TRANSFERS = {
     "transfer-uniform": ("sft", "gdrt uniform by ablation"),
 }
 TRIALS = ("tune-lr", "tune-tau", "tune-leave-one-out", "tune-lr-msl", "tune-groups", "tune-epochs")
-TRIALS += ("tune-lr-lora", "untrained", "epochs", "few-windows", "toy-epochs", "toy-short")
+TRIALS += ("tune-lr-lora", "tune-lr-all", "untrained", "epochs", "few-windows", "toy-epochs")
+TRIALS += ("toy-short",)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -248,10 +247,14 @@ def tuning_runs(name):
         return by_probability + trials(["gdrt, groups after SFT"], grid, **pulls)
     if name == "tune-epochs":  # is another number of epochs better for one of the two?
         return trials(["sft", "gdrt"], grid, epochs=(2, 3, 6))
-    if name == "tune-lr-lora":  # the same trials for both
+    if name == "tune-lr-lora":  # the same rates for both, and is a smaller batch better?
         few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 6}
         rows = ["sft", "gdrt uniform by probability"]
-        return trials(rows, few, lr=(1e-3, 2e-3, 4e-3, 8e-3))
+        by_lr = trials(rows, few, lr=(1e-3, 2e-3, 4e-3, 8e-3))
+        return by_lr + trials(["sft"], few, lr=(1e-3, 2e-3), batch=[16])
+    if name == "tune-lr-all":
+        few = SETTINGS["smollm2-10k-all"] | {"windows": 2_000, "thinned": 6}
+        return trials(["sft", "gdrt uniform by probability"], few, lr=(1e-4, 2e-4, 5e-4))
     both = ["sft", "gdrt uniform"]
     if name == "untrained":
         return trials(both, SETTINGS["main"], seeds=5, epochs=[2])

@@ -41,8 +41,9 @@ SETTINGS = {
     "grid": GRID,
     "leave-one-out": ALL_WINDOWS | {"start": None},
     "toy": {"dataset": "toy", "start": None},
-    "smollm2": {"dataset": "ml-100k", "model": "smollm2-135m", "lora": None},
+    "smollm2": {"model": "smollm2-135m", "windows": 2_000, "lora": None},
     "smollm2-10k": {"model": "smollm2-135m", "windows": 10_000, "lora": 8},
+    "smollm2-10k-all": {"model": "smollm2-135m", "windows": 10_000, "lora": None},
     "lora": {"model": "smollm2-135m", "windows": 2_000, "lora": 8},
 }
 UNTRAINED = {
@@ -395,6 +396,9 @@ def mean_ndcg(row, seeds):
     return np.mean([row[seed]["valid"]["NDCG@10"] for seed in sorted(seeds)])
 
 
+UNIFORM = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
+
+
 def stands_for_setup(arguments):
     """Whether this is the run of GDRT by which a set-up's gain is read.
 
@@ -406,21 +410,27 @@ def stands_for_setup(arguments):
     return arguments["relevance"] == ("gradient" if by_gradient else "ablation")
 
 
+def setup_name(arguments):
+    """The data, and the model if it is not the tiny one."""
+    if arguments["model"] == "tiny":
+        return arguments["dataset"]
+    trained = "LoRA" if arguments.get("lora") else "all weights"
+    return f"{arguments['dataset']}, {arguments['model']}, {trained}"
+
+
 def diagnosis_table(results, lines):
     """What was measured after the warm-up beside what GDRT then gained, on validation windows."""
     setups = {}
-    of_gdrt = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
-    for line in on_validation(lines, ("sft", *of_gdrt)):
+    for line in on_validation(lines, ("sft", *UNIFORM)):
         a = line["arguments"]
         if a["loss"] == "gdrt" and not stands_for_setup(a):
             continue
         if "diagnosis" in line and a["loss"] in ("sft", "gdrt"):
-            data = a["dataset"] if a["model"] == "tiny" else f"{a['dataset']}, {a['model']}"
-            setup = (data, a["windows"] or np.inf, a["epochs"], a["lr"])
+            setup = (setup_name(a), a["windows"] or np.inf, a["epochs"], a["lr"], a["batch"])
             rows = setups.setdefault(setup, {"sft": {}, "gdrt": {}})
             rows[a["loss"]][a["seed"]] = line
     body = []
-    for (dataset, windows, epochs, _), rows in sorted(setups.items()):
+    for (dataset, windows, epochs, *_), rows in sorted(setups.items()):
         row, sft = rows["gdrt"], rows["sft"]
         seeds = set(row) & set(sft)
         if not seeds:
@@ -450,13 +460,13 @@ TUNED = {
 
 
 def tuning_table(lines, best=10):
-    """The best trials on validation, by setting and loss; with LoRA the best by NLL."""
+    """The best trials on validation, by setting and loss; of a pretrained model the best by NLL."""
     text = []
     metrics = ("NDCG@10", "legal NLL", "MGU@5")
-    for setting, loss in itertools.product(("grid", "leave-one-out", "lora"), TUNED):
+    for setting, loss in itertools.product(("grid", "leave-one-out", "lora", "smollm2"), TUNED):
         wanted = SETTINGS[setting] | TUNED[loss] | {"no_test": True}
         trials = [line for line in lines if has(line, wanted)]
-        if setting == "lora":
+        if "model" in wanted:
             trials.sort(key=lambda line: line["valid"]["legal NLL"])
         else:
             trials.sort(key=lambda line: -line["valid"]["NDCG@10"])
@@ -560,10 +570,34 @@ def judge_setting(results, rows):
 
 
 def statements(results, lines):
+    """The paper's statements in the older set-ups."""
+    settings = SETTINGS | folders_of(lines, None)
+    rows = {name: pick(lines, **wanted) for name, wanted in settings.items()}
+    return statements_table(results, rows)
+
+
+def statements_today(results, lines):
+    """The paper's statements in the set-ups of today, each by the GDRT that stands for it."""
+    settings = {
+        "toy-shop": UNTRAINED["toy-shop"],
+        "main": UNTRAINED["main"] | {"epochs": MAIN_EPOCHS},
+        **folders_of(lines, "untrained"),
+        "smollm2-10k": SETTINGS["smollm2-10k"],
+        "smollm2-10k-all": SETTINGS["smollm2-10k-all"],
+    }
+    rows_by_setting = {}
+    for name, wanted in settings.items():
+        rows = pick(lines, **wanted)
+        for row in set(UNIFORM) & set(rows):
+            if stands_for_setup(next(iter(rows[row].values()))["arguments"]):
+                rows_by_setting[name] = rows | {"gdrt": rows[row]}
+    return statements_table(results, rows_by_setting)
+
+
+def statements_table(results, rows_by_setting):
     """The paper's statements one by one: our figure in each setting, and the verdict of RULE."""
     columns = {}
-    for setting, wanted in (SETTINGS | folders_of(lines, None)).items():
-        rows = pick(lines, **wanted)
+    for setting, rows in rows_by_setting.items():
         if {"sft", "gdrt"} <= set(rows):
             columns[setting] = judge_setting(results, rows)
     if not columns:
@@ -734,6 +768,8 @@ TITLES = {  # in results/tables.md
     "tuned (`quality.py smollm2`)",
     "smollm2-10k": "SmolLM2-135M-Instruct with LoRA of rank 8, 10,000 windows of ml-100k, one "
     "epoch, every third held-out window (`quality.py smollm2-10k`)",
+    "smollm2-10k-all": "All weights of SmolLM2-135M-Instruct, otherwise the same (`quality.py "
+    "smollm2-10k-all`)",
     "transfer": "office and book, 10,000 windows, the configuration of ml-100k (`quality.py "
     "transfer`): leave-one-out as their files have it, the test later than all of training",
     "sweep": "GDRT to SFT over tau, number of groups, training windows and epochs, ml-100k by time "
@@ -742,7 +778,8 @@ TITLES = {  # in results/tables.md
     "power": "The smallest differences that can be expected to be seen, from the seeds of SFT "
     "alone (`quality.py power`)",
     "tune": "The trials, on validation windows alone (`quality.py tune-lr` and the other tune-)",
-    "statements": "The paper's statements",
+    "statements": "The paper's statements, in the older set-ups",
+    "statements-today": "The paper's statements, in the set-ups of today",
     "main": "ml-100k leave-one-out, all windows, three epochs, the tiny model untrained at the "
     "start (`quality.py main`)",
     "toy-shop": "toy, the tiny model untrained at the start (`quality.py toy-shop`)",
@@ -755,7 +792,7 @@ TITLES = {  # in results/tables.md
     "toy-short": "The same shop with titles without words of detail (`quality.py toy-short`)",
     "diagnosis": "User information and language share after the warm-up, and what GDRT gained on "
     "validation windows (`quality.py toy-epochs`, `toy-short`, `epochs`, `few-windows`, `main`, "
-    "`transfer-uniform`, `tune-lr-lora` and `smollm2-10k`)",
+    "`transfer-uniform`, and the SmolLM2 runs of `tune-lr-lora`, `smollm2-10k` and the like)",
 }
 
 
@@ -792,6 +829,7 @@ def section(results, lines, name):
     if name == "diagnosis":
         return diagnosis_table(results, lines)
     makers = {"sweep": sweep_table, "groups": grouping_table, "statements": statements}
+    makers |= {"statements-today": statements_today}
     return makers[name](results, tested)
 
 
