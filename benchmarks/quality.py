@@ -105,7 +105,7 @@ SETTINGS = {
         "lr": 2e-4,
     },
     "smollm2-10k": SMOLLM2_10K | {"lora": 8, "batch": 64, "lr": 4e-3},  # by tune-lr-lora
-    "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 1e-4},  # by tune-lr-all
+    "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 2e-4},  # by tune-lr-all
 }
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py

@@ -450,6 +450,12 @@ def diagnosis_table(results, lines):
 
 
 TRIED = ("lr", "epochs", "batch", "warmup", "tau", "prior", "groups")
+TUNED_IN = {
+    "grid": "grid",
+    "leave-one-out": "leave-one-out",
+    "lora": "SmolLM2 with LoRA, 2,000 windows",
+    "smollm2": "all weights of SmolLM2, 2,000 windows",
+}
 TUNED = {
     "sft": {"loss": "sft", "train_softmax": "full"},
     "gdrt": {"loss": "gdrt", "relevance": "gradient"},
@@ -463,7 +469,7 @@ def tuning_table(lines, best=10):
     """The best trials on validation, by setting and loss; of a pretrained model the best by NLL."""
     text = []
     metrics = ("NDCG@10", "legal NLL", "MGU@5")
-    for setting, loss in itertools.product(("grid", "leave-one-out", "lora", "smollm2"), TUNED):
+    for setting, loss in itertools.product(TUNED_IN, TUNED):
         wanted = SETTINGS[setting] | TUNED[loss] | {"no_test": True}
         trials = [line for line in lines if has(line, wanted)]
         if "model" in wanted:
@@ -475,7 +481,7 @@ def tuning_table(lines, best=10):
             tried = [line["arguments"].get(name, "") for name in TRIED]
             body.append(tried + [f"{line['valid'][name]:.4f}" for name in metrics])
         if body:
-            text.append(f"{setting}, {loss}: {len(body)} of {len(trials)} trials\n")
+            text.append(f"{TUNED_IN[setting]}, {loss}: {len(body)} of {len(trials)} trials\n")
             text.append(markdown([*TRIED, "NDCG@10", "title NLL", "MGU@5"], body) + "\n")
     return "\n".join(text)
 
