@@ -5,10 +5,12 @@
     python benchmarks/quality.py tune-lr          and the other tune-: on validation windows alone;
                                                   their winners are entered here, by hand
     python benchmarks/quality.py grid             and leave-one-out, toy, sweep, smollm2
-    python benchmarks/quality.py smollm2-10k      LoRA on a language model, at 10,000 windows
+    python benchmarks/quality.py smollm2-10k      LoRA on a language model, at 10,000 windows;
+                                                  smollm2-10k-all: all of its weights
     python benchmarks/quality.py main             and untrained, epochs, few-windows, toy-shop,
                                                   toy-epochs, toy-short: tiny, untrained at start
-    python benchmarks/quality.py transfer --data PATH/office PATH/book      and transfer-uniform
+    python benchmarks/quality.py transfer --data PATH/office PATH/book      and transfer-uniform,
+                                                  transfer-lora
     python benchmarks/quality.py grid --rows sft gdrt --seeds 3             a part of it
 
 A run is named by a key, a hash of its arguments; one that results/quality.jsonl holds is skipped,
@@ -107,6 +109,8 @@ SETTINGS = {
     "smollm2-10k": SMOLLM2_10K | {"lora": 8, "batch": 64, "lr": 4e-3},  # by tune-lr-lora
     "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 2e-4},  # by tune-lr-all
 }
+# A prompt of book is several times as long, so a quarter of the windows takes as long.
+SETTINGS["transfer-lora"] = SETTINGS["smollm2-10k"] | {"windows": 2_500, "thinned": 12}
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
 # The rows of the tables and the arguments that make them. The relevance `late` is gradient on the
@@ -164,6 +168,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
 TRANSFERS = {
     "transfer": (*BASE, "msl", "gdrt + msl"),
     "transfer-uniform": ("sft", "gdrt uniform by ablation"),
+    "transfer-lora": ("sft", LORA_ROWS[0]),
 }
 TRIALS = ("tune-lr", "tune-tau", "tune-leave-one-out", "tune-lr-msl", "tune-groups", "tune-epochs")
 TRIALS += ("tune-lr-lora", "tune-lr-all", "untrained", "epochs", "few-windows", "toy-epochs")

@@ -514,12 +514,19 @@ def power_table(results, lines):
     return markdown(header, body)
 
 
-def folders_of(lines, start):
-    """{name: what picks its lines} of the folders that the transfer experiments read."""
+TRANSFERS = {
+    "transfer": {"start": None, "lora": None},
+    "transfer-uniform": {"start": "untrained"},
+    "transfer-lora": {"lora": 8},
+}
+
+
+def folders_of(lines, experiment):
+    """{name: what picks its lines} of the folders that one of TRANSFERS reads."""
     names = {line["arguments"]["dataset"] for line in lines} - OWN_DATA
     settings = {}
     for name in sorted(names):
-        wanted = {"dataset": name, "start": start}
+        wanted = {"dataset": name} | TRANSFERS[experiment]
         if any(has(line, wanted) for line in lines):
             settings[name] = wanted
     return settings
@@ -577,7 +584,7 @@ def judge_setting(results, rows):
 
 def statements(results, lines):
     """The paper's statements in the older set-ups."""
-    settings = SETTINGS | folders_of(lines, None)
+    settings = SETTINGS | folders_of(lines, "transfer")
     rows = {name: pick(lines, **wanted) for name, wanted in settings.items()}
     return statements_table(results, rows)
 
@@ -587,7 +594,7 @@ def statements_today(results, lines):
     settings = {
         "toy-shop": UNTRAINED["toy-shop"],
         "main": UNTRAINED["main"] | {"epochs": MAIN_EPOCHS},
-        **folders_of(lines, "untrained"),
+        **folders_of(lines, "transfer-uniform"),
         "smollm2-10k": SETTINGS["smollm2-10k"],
         "smollm2-10k-all": SETTINGS["smollm2-10k-all"],
     }
@@ -791,6 +798,8 @@ TITLES = {  # in results/tables.md
     "toy-shop": "toy, the tiny model untrained at the start (`quality.py toy-shop`)",
     "transfer-uniform": "office and book, 10,000 windows, the tiny model untrained at the start "
     "(`quality.py transfer-uniform --data PATH/office PATH/book`)",
+    "transfer-lora": "office and book, 2,500 windows, SmolLM2-135M-Instruct with LoRA of rank 8, "
+    "one epoch, every twelfth held-out window (`quality.py transfer-lora --data PATH/book`)",
     "epochs": "Epochs on validation windows, the setting of main (`quality.py untrained` and "
     "`epochs`); to SFT after as many epochs",
     "few-windows": "The same with 10,000 training windows (`quality.py few-windows`)",
@@ -802,10 +811,10 @@ TITLES = {  # in results/tables.md
 }
 
 
-def transfer_tables(results, lines, start):
+def transfer_tables(results, lines, experiment):
     """The tables of every folder: all test windows, and those whose target occurs in training."""
     text = []
-    for name, wanted in folders_of(lines, start).items():
+    for name, wanted in folders_of(lines, experiment).items():
         rows = pick(lines, **wanted)
         seen = table(results, rows, BY_WINDOW, seen_target=True)
         text.append(f"{name}, all test windows\n\n{table(results, rows)}")
@@ -824,8 +833,8 @@ def section(results, lines, name):
         return table(results, rows_of(lines, UNTRAINED["main"] | {"epochs": MAIN_EPOCHS}))
     if name == "toy-shop":
         return table(results, rows_of(lines, UNTRAINED["toy-shop"]))
-    if name in ("transfer", "transfer-uniform"):
-        return transfer_tables(results, lines, None if name == "transfer" else "untrained")
+    if name in TRANSFERS:
+        return transfer_tables(results, lines, name)
     if name in BY_EPOCHS:
         return epochs_table(results, lines, BY_EPOCHS[name])
     if name == "tune":
