@@ -4,9 +4,9 @@
     python benchmarks/tables.py --pages --figures        into results/: tables.md, the other pages
                                                          between their markers, and figures/
 
-How sure: accuracy and title NLL are known by user, so users, with all their windows, and seeds are
-resampled together, a run and SFT of the same seed on the same draw; the interval lies between the
-2.5 and 97.5 percentiles (`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by
+How sure: accuracy and NLL are known by user, so users are resampled with all their windows, a run
+and SFT on the same draw, and the seeds' paired differences widen that interval by Student's t
+(`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by
 group, attribution) has a t interval over the seeds' paired differences (`seed_interval`), which
 covers the chance in training but not in who the users are.
 """
@@ -25,10 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from outcomes import FIELDS, read_array, read_lines
 
 from data import write_atomic
-from evaluate import resample
+from evaluate import ends_of, resample, seed_half_width
 
-# Student's t at 97.5%, by degrees of freedom.
-T975 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 DETECTED = 1.96 + 0.84  # in standard errors: what a two-sided 5% test finds 80% of the time
 # The rows of a table begin with these; the rest follow in the order of running.
 FIRST = ("popularity", "before", "sft", "gdrt")
@@ -135,19 +133,22 @@ def interval(ours, base, windows):
     """Paired difference ours - base of outcomes by user -> (relative, absolute).
 
     ours, base: sums (S, U) by seed and user; windows: (U,) of each user. Each of the two results is
-    (mean, low, high), the ends NaN where there is no interval, and both are resampled alike. With
-    few seeds the interval is a little narrow (the part owed to seeds by 11% at 5, by 18% at 3).
+    (mean, low, high), the ends NaN where there is no interval, by the same draws of users. How the
+    seeds widen it: see `ends_of` in evaluate.py.
     """
     a = resample(ours, windows)  # (draws,)
     b = resample(base, windows)
-    n = len(ours) * windows.sum()
-    mean_a = ours.sum() / n
-    mean_b = base.sum() / n
+    mean_a = ours.sum(1) / windows.sum()  # (S,)
+    mean_b = base.sum(1) / windows.sum()
+    difference = mean_a - mean_b
+    absolute = (difference.mean(), *ends_of(a - b, seed_half_width(difference)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.array([mean_a / mean_b - 1, *np.percentile(a / b - 1, (2.5, 97.5))])
+        ratio = mean_a.mean() / mean_b.mean()
+        half = seed_half_width((mean_a - ratio * mean_b) / mean_b.mean())  # the delta method
+        relative = np.array([ratio - 1, *ends_of(a / b - 1, half)])
     if not b.min() > 0:  # a draw without any hit: nothing is known relative to it
         relative[1:] = np.nan
-    return relative, (mean_a - mean_b, *np.percentile(a - b, (2.5, 97.5)))
+    return relative, absolute
 
 
 def seed_interval(differences):
@@ -158,9 +159,7 @@ def seed_interval(differences):
     d = np.asarray(differences, dtype=float)
     if len(d) == 0:
         return np.nan, np.nan, np.nan
-    if len(d) == 1:
-        return d.mean(), np.nan, np.nan
-    half = T975[min(len(d), len(T975)) - 1] * d.std(ddof=1) / np.sqrt(len(d))
+    half = seed_half_width(d) if len(d) > 1 else np.nan
     return d.mean(), d.mean() - half, d.mean() + half
 
 
@@ -187,18 +186,21 @@ def detectable(sums, windows):
 
 LEGEND = (
     "Means over seeds; [95% interval] of the paired difference to SFT, bold where it excludes "
-    "zero: of accuracy and title NLL over users and seeds (of a single seed over users alone), "
-    "of all else over the seeds alone. Title NLL and NLL by group: held out, nats over legal "
-    "continuations; group 0 is least relevant to the auxiliary tokens (on toy: tokens of taste), "
-    "compared where both were read by the same groups. aux:user: attribution by ablation over the "
-    "vocabulary; aux share: over legal continuations, so of tokens with a choice alone. seconds: "
-    "training, warm-up and grouping included."
+    "zero and there is more than one seed: of accuracy and NLL over users and seeds (of a single "
+    "seed over users alone), of all else over the seeds alone. No interval is corrected for the "
+    "number of comparisons. Title NLL and NLL by group: held out, nats over legal continuations; "
+    "vocabulary NLL: a title's over the whole vocabulary, which the full softmax trains; group 0 is "
+    "least relevant to the auxiliary tokens (on toy: tokens of taste), compared where both were "
+    "read by the same groups. aux:user: attribution by ablation over the vocabulary; aux share: "
+    "over legal continuations, so of tokens with a choice alone. seconds: training, warm-up and "
+    "grouping included."
 )
 RULE = (
     "Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated "
     "side, reaches the stated size, and our figure is at least half of it; *weaker* where it only "
     "excludes zero; *not found* otherwise. Where no size is stated, excluding zero confirms. Extra "
-    "cost: *Confirmed* up to 10%, *weaker* up to 30%."
+    "cost: *Confirmed* where the interval ends below 10%, *weaker* where below 30%. One seed gets "
+    "no verdict."
 )
 
 
@@ -219,15 +221,18 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def span(triple, form="{:+.3f}", scale=1):
-    """'mean [low, high]', bold where that excludes zero; '' where there is nothing to compare."""
+def span(triple, form="{:+.3f}", scale=1, bold=True):
+    """'mean [low, high]', bold where that excludes zero; '' where there is nothing to compare.
+
+    bold: whether it may be, which the interval of one seed, over users alone, may not.
+    """
     mean, low, high = (scale * x for x in triple)
     if np.isnan(mean):
         return ""
     text = form.format(mean)
     if not np.isnan(low):
         text += f" [{form.format(low)}, {form.format(high)}]"
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return f"**{text}**" if bold and (low > 0 or high < 0) else text
 
 
 def metric(name):
@@ -290,6 +295,7 @@ def by_window(results, row, sft, name, seen_target=False):
 
 # Columns that can also be had of a part of the windows.
 BY_WINDOW = ("seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT, nats")
+BY_WINDOW += ("vocabulary NLL to SFT",)
 FAIRNESS = ("NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "DGU@5", "coverage@10")
 AUX_COLUMNS = ("aux:user", "aux share", "aux share to SFT")
 COLUMNS = (*BY_WINDOW, *FAIRNESS, *AUX_COLUMNS, "seconds")
@@ -311,8 +317,9 @@ MEANS = {  # column: what reads it off a line, format
     "aux share": (legal_aux_share, "{:.3f}"),
     "seconds": (cost, "{:.0f}"),
 }
+NATS_TO_SFT = {"to SFT, nats": "legal NLL", "vocabulary NLL to SFT": "NLL"}  # column: outcome
 ABSENT = {
-    "popularity": ("title NLL", "to SFT, nats", "NLL by group", *AUX_COLUMNS, "seconds"),
+    "popularity": (*BY_WINDOW[4:], "NLL by group", *AUX_COLUMNS, "seconds"),
     "before": ("seconds",),
 }
 
@@ -331,12 +338,13 @@ def cell(results, column, row, sft, seen_target=False):
     if column == "NLL by group":
         mean = np.mean([group_nll(line) for line in row.values()], axis=0)  # (K,)
         return " ".join(f"{x:.2f}" for x in mean)
+    bold = len(set(row) & set(sft)) > 1
     if column == "to SFT, %":
         relative, _ = by_window(results, row, sft, "NDCG@10", seen_target)
-        return span(relative, "{:+.1f}", 100)
-    if column == "to SFT, nats":
-        _, absolute = by_window(results, row, sft, "legal NLL", seen_target)
-        return span(absolute)
+        return span(relative, "{:+.1f}", 100, bold)
+    if column in NATS_TO_SFT:
+        _, absolute = by_window(results, row, sft, NATS_TO_SFT[column], seen_target)
+        return span(absolute, bold=bold)
     if column == "group 0 to SFT":
         return span(group_zero_to_sft(row, sft))
     if column == "aux share to SFT":
@@ -439,10 +447,11 @@ def diagnosis_table(results, lines):
         for name, form in {"user information": "{:.3f}", "language share": "{:.0%}"}.items():
             cells.append(form.format(np.mean([row[seed]["diagnosis"][name] for seed in seeds])))
         relative, _ = by_window(results, row, sft, "NDCG@10")
-        cells.append(span(100 * np.array(relative), "{:+.0f}"))
+        bold = len(seeds) > 1
+        cells.append(span(relative, "{:+.0f}", 100, bold))
         for seen_target in (False, True):
             _, nats = by_window(results, row, sft, "legal NLL", seen_target)
-            cells.append(span(nats, "{:+.3f}"))
+            cells.append(span(nats, bold=bold))
         body.append(cells)
     header = ["data", "windows", "epochs", "seeds", "user information", "language share"]
     header += ["NDCG@10 to SFT, %", "title NLL to SFT, nats", "of targets seen in training"]
@@ -547,16 +556,19 @@ STATEMENTS = (
 )
 
 
-def judged(triple, claimed, form="{:+.1f}%", scale=100):
-    """'mean [interval]: verdict' of a claim; one seed has no interval, hence no verdict."""
-    text = span(triple, form, scale)
-    return text if np.isnan(triple[1]) else f"{text}: *{verdict(*triple, claimed)}*"
+def judged(triple, claimed, form="{:+.1f}%", scale=100, seeds=2):
+    """'mean [interval]: verdict' of a claim; one seed gets no verdict."""
+    text = span(triple, form, scale, bold=seeds > 1)
+    no_verdict = seeds == 1 or np.isnan(triple[1])
+    return text if no_verdict else f"{text}: *{verdict(*triple, claimed)}*"
 
 
 def judged_cost(triple):
-    """As judged, of the share by which training takes longer; the mean alone decides."""
-    word = "Confirmed" if triple[0] <= 0.1 else "weaker" if triple[0] <= 0.3 else "not found"
-    return span(triple, "{:+.0f}%", 100) + f": *{word}*"
+    """As judged, of the share by which training takes longer; the interval's end decides."""
+    text = span(triple, "{:+.0f}%", 100)
+    most = triple[2]
+    word = "Confirmed" if most <= 0.1 else "weaker" if most <= 0.3 else "not found"
+    return text if np.isnan(most) else f"{text}: *{word}*"
 
 
 def judge_setting(results, rows):
@@ -572,7 +584,7 @@ def judge_setting(results, rows):
     moved = [np.log(aux_ratio(line) / untouched) for line in sft.values()]
     back = by_seed(gdrt, sft, lambda line: np.log(aux_ratio(line)))
     return (
-        judged(by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429),
+        judged(by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429, seeds=len(both)),
         judged(ratio(unfairness), -0.3743),
         judged(seed_interval(worst), 1e-9, "{:+.3f}", 1),
         judged(group_zero_to_sft(gdrt, sft), -1e-9, "{:+.3f}", 1),

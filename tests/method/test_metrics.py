@@ -309,16 +309,16 @@ def test_resample_equals_a_loop():
         return np.abs(mean).max(-1)
 
     drawn = evaluate.resample(*evaluate.sums_by_user(values, users), statistic, seed=3)
-    taken, seeds = evaluate.draws(3, 2, 3)
+    taken = evaluate.draws(3, 3)
     for i in range(0, evaluate.DRAWS, 97):
         total = 0.0
         for s in range(2):
             picked = []
             for u, times in zip((4, 9, 2), taken[i]):
                 picked += list(values[s, users == u]) * int(times)
-            total += seeds[i, s] / 2 * max(abs(sum(picked)) / len(picked))
+            total += max(abs(sum(picked)) / len(picked)) / 2
         assert drawn[i] == pytest.approx(total)
-    assert (taken.sum(1) == 3).all() and (seeds.sum(1) == 2).all()
+    assert (taken.sum(1) == 3).all()
 
 
 def test_ids_draw_as_indices_do():
@@ -359,10 +359,31 @@ def test_interval_of_a_size_covers():
     assert found == pytest.approx((-0.16, -0.16, -0.16))
 
 
-def test_seeds_are_crossed():
-    """Values that depend on the seed alone: the interval is that of the mean of the seeds."""
-    x = np.repeat(np.array([[0.0], [1.0]]), 50, 1)
-    assert evaluate.interval(x, np.arange(50)) == (0.5, 0, 1)
+def test_values_by_seed_alone():
+    """Values that depend on the seed alone: the interval is Student's t of the seeds' mean."""
+    x = np.repeat(np.array([[0.0], [1.0], [5.0]]), 50, 1)
+    half = 4.303 * np.std([0, 1, 5], ddof=1) / 3**0.5
+    assert evaluate.interval(x, np.arange(50)) == pytest.approx((2, 2 - half, 2 + half))
+    # Of runs of unequal numbers of seeds, both are uncertain.
+    base = np.repeat(np.array([[0.0], [1.0]]), 50, 1)
+    both = np.hypot(half, 12.706 * np.std([0, 1], ddof=1) / 2**0.5)
+    found = evaluate.interval(x, np.arange(50), against=base)
+    assert found == pytest.approx((1.5, 1.5 - both, 1.5 + both))
+
+
+@pytest.mark.parametrize("between_seeds", [0, 1, 10])
+def test_interval_of_three_seeds_covers(between_seeds):
+    """However much of the difference is due to the seed, at three of them as well."""
+    source = np.random.default_rng(5)
+    users = np.arange(40)
+    held = 0
+    for _ in range(300):
+        of_user = source.normal(size=40)
+        of_seed = between_seeds * source.normal(size=(3, 1)) / 40**0.5
+        values = of_user + of_seed + 0.3 * source.normal(size=(3, 40))
+        _, low, high = evaluate.interval(values, users)
+        held += low <= 0 <= high
+    assert held >= 0.91 * 300  # 95% less three standard errors
 
 
 def test_differences_are_paired():

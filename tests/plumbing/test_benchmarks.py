@@ -409,14 +409,26 @@ def test_interval_against_a_plain_bootstrap():
     drawn = []
     for _ in range(1500):
         rows = np.concatenate([np.nonzero(user == u)[0] for u in random.integers(0, 30, 30)])
-        seeds = random.integers(0, 4, 4)
-        drawn.append((ours[seeds][:, rows].mean(), base[seeds][:, rows].mean()))
+        drawn.append((ours[:, rows].mean(), base[:, rows].mean()))
     a, b = np.array(drawn).T
-    width = np.ptp(absolute[1:])
-    assert absolute[0] == pytest.approx((ours - base).mean())
-    assert absolute[1:] == pytest.approx(np.percentile(a - b, (2.5, 97.5)), abs=0.08 * width)
-    ends = np.percentile(a / b - 1, (2.5, 97.5))
-    assert relative[1:] == pytest.approx(ends, abs=0.08 * np.ptp(relative[1:]))
+
+    def widened(mean, drawn, by_seed):
+        half = 3.182 * np.std(by_seed, ddof=1) / 2  # Student's t at four seeds
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        return mean - np.hypot(mean - low, half), mean + np.hypot(high - mean, half)
+
+    mean = (ours - base).mean()
+    ends = widened(mean, a - b, (ours - base).mean(1))
+    width = np.ptp(ends)
+    assert absolute[0] == pytest.approx(mean)
+    assert absolute[1:] == pytest.approx(ends, abs=0.08 * width)
+    ratio = ours.mean() / base.mean() - 1
+    # What leaving a seed out moves tells how the ratio varies with the seeds (the jackknife).
+    others = [[j for j in range(4) if j != i] for i in range(4)]
+    pseudo = [4 * ratio - 3 * (ours[j].mean() / base[j].mean() - 1) for j in others]
+    ends = widened(ratio, a / b - 1, pseudo)
+    assert relative[0] == pytest.approx(ratio)
+    assert relative[1:] == pytest.approx(ends, abs=0.08 * np.ptp(ends))
     # If windows were taken as independent, the interval would be clearly too narrow.
     sums, sizes = by_user_sums((ours, base), random.permutation(user))
     shuffled = tables.interval(*sums, sizes)[1]
