@@ -140,6 +140,9 @@ ROWS |= {
     "gdrt uniform by ablation": UNIFORM | {"relevance": "ablation"},
     "gdrt uniform by probability": UNIFORM | {"relevance": "probability"},
     "permuted groups uniform": UNIFORM | {"relevance": "permuted"},
+    "choices by lot uniform": UNIFORM | {"relevance": "lot"},
+    "fixed weights uniform": UNIFORM | {"loss": "fixed"},
+    "msl at SFT's rate": {"loss": "sft", "train_softmax": "trie"},
     # On toy, the groups that relevance should find.
     "true groups": {"loss": "gdrt", "relevance": "planted", "groups": 2},
     "true groups uniform": UNIFORM | {"relevance": "planted", "groups": 2},
@@ -154,7 +157,8 @@ BASE = (*UNTRAINED, "sft", "gdrt")
 BY_RELEVANCE = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
 LORA_ROWS = ("gdrt uniform by probability", "gdrt uniform by ablation")
 TOY_CONTROLS = ("gdrt, groups after SFT", "random groups", "true groups", "msl", "gdrt + msl")
-SHOP_CONTROLS = ("permuted groups uniform", "true groups uniform")
+SHOP_CONTROLS = ("permuted groups uniform", "choices by lot uniform", "true groups uniform")
+SHOP_CONTROLS += ("fixed weights uniform", "msl at SFT's rate")
 TABLES = {  # experiment: rows, seeds; its setting has the same name
     "grid": (GRID_ROWS, 5),
     "leave-one-out": ((*BASE, "gdrt uniform"), 5),
@@ -515,6 +519,9 @@ def unmasked_relevance(begun, name, seed):
         name = "gradient"
     else:
         gdrt.load_trained(model, begun.warm)
+    if name == "lot":
+        certain = relevance(model, prompts, windows, "probability", device=device) == 1
+        return np.where(certain, 1, np.random.default_rng(seed).random(shape))
     return relevance(model, prompts, windows, name, seed=seed, device=device)
 
 
@@ -522,9 +529,10 @@ def measured(begun, name, seed):
     """(r (items, L), seconds): the lowest values become group 0; NaN where there is no target.
 
     Measured once per start. Besides the three relevances after the warm-up there are 'late', by
-    gradient on the model that SFT has finished; 'random'; 'position' in the title; 'nll', minus the
-    mean NLL of the model before any user; 'planted', toy's own truth. The weights of the start's
-    model are overwritten.
+    gradient on the model that SFT has finished; 'random'; 'lot', the same except that r = 1 for
+    tokens that are certain without a user; 'position' in the title; 'nll', minus the mean NLL of
+    the model before any user; 'planted', toy's own truth. The weights of the start's model are
+    overwritten.
     """
     if name not in begun.measured:
         began = time.perf_counter()

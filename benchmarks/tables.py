@@ -189,11 +189,11 @@ LEGEND = (
     "zero and there is more than one seed: of accuracy and NLL over users and seeds (of a single "
     "seed over users alone), of all else over the seeds alone. No interval is corrected for the "
     "number of comparisons. Title NLL and NLL by group: held out, nats over legal continuations; "
-    "vocabulary NLL: a title's over the whole vocabulary, which the full softmax trains; group 0 is "
-    "least relevant to the auxiliary tokens (on toy: tokens of taste), compared where both were "
-    "read by the same groups. aux:user: attribution by ablation over the vocabulary; aux share: "
-    "over legal continuations, so of tokens with a choice alone. seconds: training, warm-up and "
-    "grouping included."
+    "vocabulary NLL: a title's over the whole vocabulary, which the full softmax trains; group 0: "
+    "the least relevant to the auxiliary tokens (on toy: tokens of taste), compared where both "
+    "were read by the same groups. aux:user: attribution by ablation over the vocabulary; aux "
+    "share: over legal continuations, so of tokens with a choice alone. seconds: training, warm-up "
+    "and grouping included."
 )
 RULE = (
     "Our figure [95%]: verdict. *Confirmed* where the 95% interval excludes zero on the stated "
