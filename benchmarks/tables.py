@@ -949,7 +949,7 @@ def document(done):
     return "\n\n".join(parts) + "\n"
 
 
-IN_FULL_ONLY = ("HR@10", "NLL by group", "DGU@5", "coverage@10", "aux:user")
+IN_FULL_ONLY = ("HR@10", "DGU@5", "coverage@10", "aux:user")
 
 
 def narrow(body):
