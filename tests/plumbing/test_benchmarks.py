@@ -424,8 +424,10 @@ def test_interval_against_a_plain_bootstrap():
     assert absolute[1:] == pytest.approx(ends, abs=0.08 * width)
     ratio = ours.mean() / base.mean() - 1
     # What leaving a seed out moves tells how the ratio varies with the seeds (the jackknife).
-    others = [[j for j in range(4) if j != i] for i in range(4)]
-    pseudo = [4 * ratio - 3 * (ours[j].mean() / base[j].mean() - 1) for j in others]
+    pseudo = []
+    for i in range(4):
+        without = ours[np.arange(4) != i].mean() / base[np.arange(4) != i].mean() - 1
+        pseudo.append(4 * ratio - 3 * without)
     ends = widened(ratio, a / b - 1, pseudo)
     assert relative[0] == pytest.approx(ratio)
     assert relative[1:] == pytest.approx(ends, abs=0.08 * np.ptp(ends))
