@@ -271,7 +271,7 @@ def tuning_runs(name):
         return trials(both, SETTINGS["main"], seeds=3, epochs=(1, 2, 3, 4))
     if name == "few-windows":
         few = SETTINGS["main"] | {"windows": 10_000}
-        return trials(both, few, seeds=3, epochs=(2, 4))
+        return trials(both, few, seeds=5, epochs=(2, 4))
     if name == "toy-short":  # the same shop, but no title has words of detail
         return trials(both, SETTINGS["toy-short"], seeds=3)
     assert name == "toy-epochs", name
