@@ -164,9 +164,9 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "leave-one-out": ((*BASE, "gdrt uniform"), 5),
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
-    "smollm2-10k": (("sft", *LORA_ROWS, "msl"), 2),
+    "smollm2-10k": (("sft", *LORA_ROWS, "msl at SFT's rate"), 2),
     "smollm2-10k-all": (("sft", LORA_ROWS[0]), 2),
-    "main": ((*UNTRAINED, "sft", *BY_RELEVANCE), 5),
+    "main": ((*UNTRAINED, "sft", *BY_RELEVANCE, "msl at SFT's rate"), 5),
     "toy-shop": ((*UNTRAINED, "sft", *BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
 TRANSFERS = {
