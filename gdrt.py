@@ -1117,6 +1117,7 @@ def paired_differences(folder, losses):
     measures = {
         "NDCG@10": listed_ndcg,
         "title NLL over legal continuations": operator.itemgetter("legal NLL"),
+        "title NLL over the vocabulary": operator.itemgetter("NLL"),
     }
     sentences = []
     for loss, lines in logs.items():

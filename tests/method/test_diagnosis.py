@@ -112,7 +112,8 @@ def write_predictions(folder, loss, places, nlls):
     for user, (place, nll) in enumerate(zip(places, nlls)):
         titles = [f"title {i}" for i in range(10)]
         target = "elsewhere" if place is None else titles[place - 1]
-        line = {"user": str(user), "titles": titles, "target": target, "legal NLL": nll}
+        line = {"user": str(user), "titles": titles, "target": target}
+        line |= {"legal NLL": nll, "NLL": 10 - nll}
         lines.append(json.dumps(line) + "\n")
     (folder / loss).mkdir()
     (folder / loss / "predictions.jsonl").write_text("".join(lines))
@@ -122,20 +123,21 @@ def test_a_lead_for_every_user_is_a_difference(tmp_path):
     """Place 1 against place 3 is NDCG 1 against 1 / log2(4) = 0.5, for every user alike."""
     write_predictions(tmp_path, "sft", [3] * 6, [4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
     write_predictions(tmp_path, "gdrt", [1] * 6, [3.75, 4.75, 5.75, 6.75, 7.75, 8.75])
-    first, ndcg, nll = paired_differences(tmp_path, ["sft", "gdrt"])
+    first, ndcg, nll, whole = paired_differences(tmp_path, ["sft", "gdrt"])
     assert first == "GDRT less SFT, 6 test windows of this seed:"
     assert ndcg == "  NDCG@10 +0.5000, 95% interval [+0.5000, +0.5000]: a difference"
     assert nll.startswith(
         "  title NLL over legal continuations -0.2500, 95% interval [-0.2500, -0."
     )
     assert nll.endswith(": a difference")
+    assert whole.startswith("  title NLL over the vocabulary +0.2500, 95% interval [+0.2")
 
 
 def test_what_one_user_gains_and_another_loses_is_no_difference(tmp_path):
     """NDCG: 0.5 to 0 for half of the users, 0 to 0.5 for the rest."""
     write_predictions(tmp_path, "sft", [3, None] * 4, [5.0, 6.0] * 4)
     write_predictions(tmp_path, "gdrt", [None, 3] * 4, [6.0, 5.0] * 4)
-    _, ndcg, nll = paired_differences(tmp_path, ["sft", "gdrt"])
+    _, ndcg, nll, _ = paired_differences(tmp_path, ["sft", "gdrt"])
     for sentence in (ndcg, nll):
         assert sentence.endswith("no difference seen")
     assert "NDCG@10 +0.0000" in ndcg
