@@ -917,9 +917,9 @@ def ends_of(drawn, half):
     """
     low, high = np.percentile(drawn, (2.5, 97.5))
     middle = drawn.mean()
-    return float(middle - np.hypot(middle - low, half)), float(
-        middle + np.hypot(high - middle, half)
-    )
+    below = np.hypot(middle - low, half)
+    above = np.hypot(high - middle, half)
+    return float(middle - below), float(middle + above)
 
 
 def interval(values, users, statistic=None, against=None):
