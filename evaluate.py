@@ -1089,37 +1089,47 @@ def comparison(pools, dataset, windows):
     return ("", *pools, *(f"{name} less {first}" for name in others)), rows
 
 
-def differences(logs, base="SFT"):
-    """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
-
-    logs: {name: lines of predictions.jsonl}. 95% intervals stand in brackets.
-    """
-    if base not in logs:
-        return {}
-    measures = {
-        "NDCG@10": listed_ndcg,
-        "NLL of the title": operator.itemgetter("NLL"),
-        "NLL over legal continuations": operator.itemgetter("legal NLL"),
-    }
-    users = [line["user"] for line in logs[base]]
-    found = {}
-    for name, lines in logs.items():
-        if name == base:
-            continue
-        found[name] = []
-        for metric, measure in measures.items():
-            ours = np.array([list(map(measure, lines))])  # (1, n)
-            theirs = np.array([list(map(measure, logs[base]))])  # (1, n)
-            ends = interval(ours, users, against=theirs)
-            found[name].append(f"{metric} {in_brackets(*ends, '+')}")
-    return found
-
-
 def listed_ndcg(line):
     """NDCG of a line of predictions.jsonl, up to the end of its list."""
     if line["target"] not in line["titles"]:
         return 0.0
     return 1 / math.log2(line["titles"].index(line["target"]) + 2)
+
+
+MEASURES = {  # of a line of predictions.jsonl
+    "NDCG@10": listed_ndcg,
+    "title NLL over legal continuations": operator.itemgetter("legal NLL"),
+    "title NLL over the vocabulary": operator.itemgetter("NLL"),
+}
+
+
+def paired_intervals(lines, base):
+    """What lines of predictions.jsonl have over those of `base` -> {measure: (value, low, high)}.
+
+    Both are of the same windows in one order; the 95% interval is over users.
+    """
+    users = [line["user"] for line in base]
+    found = {}
+    for name, measure in MEASURES.items():
+        ours = np.array([list(map(measure, lines))])  # (1, n)
+        theirs = np.array([list(map(measure, base))])  # (1, n)
+        found[name] = interval(ours, users, against=theirs)
+    return found
+
+
+def differences(logs, base="SFT"):
+    """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
+
+    logs: {name: lines of predictions.jsonl}. 95% intervals stand in brackets.
+    """
+    found = {}
+    for name, lines in logs.items():
+        if name != base and base in logs:
+            leads = paired_intervals(lines, logs[base])
+            found[name] = [
+                f"{measure} {in_brackets(*ends, '+')}" for measure, ends in leads.items()
+            ]
+    return found
 
 
 # ---------------------------------------------------------------- predictions

@@ -86,6 +86,7 @@ SMOLLM2_10K = FEW_WINDOWS | {
     "epochs": 1,  # half an hour on one core
     "thinned": 3,  # every third held-out window: ranking takes half as long as training
 }
+SMOLLM2_LORA = SMOLLM2_10K | {"lora": 8, "batch": 64, "lr": 4e-3}  # by tune-lr-lora
 SETTINGS = {
     # 10,000 windows: the budget of this literature.
     "grid": {"dataset": "ml-100k", "split": "time", "windows": 10_000},
@@ -106,11 +107,11 @@ SETTINGS = {
         "epochs": 1,
         "lr": 2e-4,
     },
-    "smollm2-10k": SMOLLM2_10K | {"lora": 8, "batch": 64, "lr": 4e-3},  # by tune-lr-lora
+    "smollm2-10k": SMOLLM2_LORA,
     "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 2e-4},  # by tune-lr-all
+    # A prompt of book is several times as long, so a quarter of the windows takes as long.
+    "transfer-lora": SMOLLM2_LORA | {"windows": 2_500, "thinned": 12},
 }
-# A prompt of book is several times as long, so a quarter of the windows takes as long.
-SETTINGS["transfer-lora"] = SETTINGS["smollm2-10k"] | {"windows": 2_500, "thinned": 12}
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
 # The rows of the tables and the arguments that make them. The relevance `late` is gradient on the
@@ -154,8 +155,7 @@ START += ("warmup", "train_softmax", "seed", "lora", "held")
 UNTRAINED = ("popularity", "before")
 
 BASE = (*UNTRAINED, "sft", "gdrt")
-BY_RELEVANCE = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
-LORA_ROWS = ("gdrt uniform by probability", "gdrt uniform by ablation")
+SMOLLM2_PAIR = ("sft", "gdrt uniform by probability")
 TOY_CONTROLS = ("gdrt, groups after SFT", "random groups", "true groups", "msl", "gdrt + msl")
 SHOP_CONTROLS = ("permuted groups uniform", "choices by lot uniform", "true groups uniform")
 SHOP_CONTROLS += ("fixed weights uniform", "msl at SFT's rate")
@@ -164,15 +164,15 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "leave-one-out": ((*BASE, "gdrt uniform"), 5),
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
-    "smollm2-10k": (("sft", *LORA_ROWS, "msl at SFT's rate"), 2),
-    "smollm2-10k-all": (("sft", LORA_ROWS[0]), 2),
-    "main": ((*UNTRAINED, "sft", *BY_RELEVANCE, "msl at SFT's rate"), 5),
-    "toy-shop": ((*UNTRAINED, "sft", *BY_RELEVANCE, *SHOP_CONTROLS), 5),
+    "smollm2-10k": ((*SMOLLM2_PAIR, "gdrt uniform by ablation", "msl at SFT's rate"), 2),
+    "smollm2-10k-all": (SMOLLM2_PAIR, 2),
+    "main": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, "msl at SFT's rate"), 5),
+    "toy-shop": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
 TRANSFERS = {
     "transfer": (*BASE, "msl", "gdrt + msl"),
     "transfer-uniform": ("sft", "gdrt uniform by ablation"),
-    "transfer-lora": ("sft", LORA_ROWS[0]),
+    "transfer-lora": SMOLLM2_PAIR,
 }
 TRIALS = ("tune-lr", "tune-tau", "tune-leave-one-out", "tune-lr-msl", "tune-groups", "tune-epochs")
 TRIALS += ("tune-lr-lora", "tune-lr-all", "untrained", "epochs", "few-windows", "toy-epochs")
@@ -258,12 +258,11 @@ def tuning_runs(name):
         return trials(["sft", "gdrt"], grid, epochs=(2, 3, 6))
     if name == "tune-lr-lora":  # the same rates for both, and is a smaller batch better?
         few = SETTINGS["smollm2-10k"] | {"windows": 2_000, "thinned": 6}
-        rows = ["sft", "gdrt uniform by probability"]
-        by_lr = trials(rows, few, lr=(1e-3, 2e-3, 4e-3, 8e-3))
+        by_lr = trials(SMOLLM2_PAIR, few, lr=(1e-3, 2e-3, 4e-3, 8e-3))
         return by_lr + trials(["sft"], few, lr=(1e-3, 2e-3), batch=[16])
     if name == "tune-lr-all":
         few = SETTINGS["smollm2-10k-all"] | {"windows": 2_000, "thinned": 6}
-        return trials(["sft", "gdrt uniform by probability"], few, lr=(1e-4, 2e-4, 5e-4))
+        return trials(SMOLLM2_PAIR, few, lr=(1e-4, 2e-4, 5e-4))
     both = ["sft", "gdrt uniform"]
     if name == "untrained":
         return trials(both, SETTINGS["main"], seeds=5, epochs=[2])
@@ -505,6 +504,9 @@ def unmasked_relevance(begun, name, seed):
     shape = title_shape(prompts)
     if name == "planted":
         return planted(begun.dataset, prompts)
+    if name == "lot":
+        certain = measured(begun, "probability", seed)[0] == 1
+        return np.where(certain, 1, np.random.default_rng(seed).random(shape))
     if name == "random":
         return np.random.default_rng(seed).random(shape)
     if name == "position":
@@ -519,9 +521,6 @@ def unmasked_relevance(begun, name, seed):
         name = "gradient"
     else:
         gdrt.load_trained(model, begun.warm)
-    if name == "lot":
-        certain = relevance(model, prompts, windows, "probability", device=device) == 1
-        return np.where(certain, 1, np.random.default_rng(seed).random(shape))
     return relevance(model, prompts, windows, name, seed=seed, device=device)
 
 

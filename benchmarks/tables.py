@@ -6,9 +6,9 @@
 
 How sure: accuracy and NLL are known by user, so users are resampled with all their windows, a run
 and SFT on the same draw, and the seeds' paired differences widen that interval by Student's t
-(`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by
-group, attribution) has a t interval over the seeds' paired differences (`seed_interval`), which
-covers the chance in training but not in who the users are.
+(`interval`). What is not a mean over windows (MGU, DGU, coverage, NLL by group, attribution) has a
+t interval over the seeds' paired differences (`seed_interval`), which covers the chance in training
+but not in who the users are.
 """
 
 import argparse
@@ -243,6 +243,11 @@ def metric(name):
 unfairness = metric("MGU@5")
 
 
+def genre_unfairness(line):
+    """Genre MGU@5, NaN where the data have no genres."""
+    return line[part_of(line)].get("genre MGU@5", np.nan)
+
+
 def aux_ratio(line):
     """Auxiliary to user attribution over all target tokens of the test windows, by ablation."""
     aux_share = line["audit"]["ablation"]["auxiliary share"]
@@ -294,9 +299,10 @@ def by_window(results, row, sft, name, seen_target=False):
 
 
 # Columns that can also be had of a part of the windows.
-BY_WINDOW = ("seeds", "NDCG@10", "to SFT, %", "HR@10", "title NLL", "to SFT, nats")
-BY_WINDOW += ("vocabulary NLL to SFT",)
-FAIRNESS = ("NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "DGU@5", "coverage@10")
+LIKELIHOOD = ("title NLL", "to SFT, nats", "vocabulary NLL to SFT")
+BY_WINDOW = ("seeds", "NDCG@10", "to SFT, %", "HR@10", *LIKELIHOOD)
+FAIRNESS = ("NLL by group", "group 0 to SFT", "MGU@5", "MGU@5 to SFT", "genre MGU@5 to SFT")
+FAIRNESS += ("DGU@5", "coverage@10")
 AUX_COLUMNS = ("aux:user", "aux share", "aux share to SFT")
 COLUMNS = (*BY_WINDOW, *FAIRNESS, *AUX_COLUMNS, "seconds")
 VALIDATION = (*BY_WINDOW, *FAIRNESS, "seconds")
@@ -319,7 +325,7 @@ MEANS = {  # column: what reads it off a line, format
 }
 NATS_TO_SFT = {"to SFT, nats": "legal NLL", "vocabulary NLL to SFT": "NLL"}  # column: outcome
 ABSENT = {
-    "popularity": (*BY_WINDOW[4:], "NLL by group", *AUX_COLUMNS, "seconds"),
+    "popularity": (*LIKELIHOOD, "NLL by group", *AUX_COLUMNS, "seconds"),
     "before": ("seconds",),
 }
 
@@ -349,6 +355,8 @@ def cell(results, column, row, sft, seen_target=False):
         return span(group_zero_to_sft(row, sft))
     if column == "aux share to SFT":
         return span(by_seed(row, sft, legal_aux_share))
+    if column == "genre MGU@5 to SFT":
+        return span(by_seed(row, sft, genre_unfairness), "{:+.4f}")
     assert column == "MGU@5 to SFT", column
     return span(by_seed(row, sft, unfairness), "{:+.4f}")
 
@@ -404,7 +412,7 @@ def mean_ndcg(row, seeds):
     return np.mean([row[seed]["valid"]["NDCG@10"] for seed in sorted(seeds)])
 
 
-UNIFORM = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
+BY_RELEVANCE = ("gdrt uniform", "gdrt uniform by ablation", "gdrt uniform by probability")
 
 
 def stands_for_setup(arguments):
@@ -429,7 +437,7 @@ def setup_name(arguments):
 def diagnosis_table(results, lines):
     """What was measured after the warm-up beside what GDRT then gained, on validation windows."""
     setups = {}
-    for line in on_validation(lines, ("sft", *UNIFORM)):
+    for line in on_validation(lines, ("sft", *BY_RELEVANCE)):
         a = line["arguments"]
         if a["loss"] == "gdrt" and not stands_for_setup(a):
             continue
@@ -556,11 +564,11 @@ STATEMENTS = (
 )
 
 
-def judged(triple, claimed, form="{:+.1f}%", scale=100, seeds=2):
-    """'mean [interval]: verdict' of a claim; one seed gets no verdict."""
-    text = span(triple, form, scale, bold=seeds > 1)
-    no_verdict = seeds == 1 or np.isnan(triple[1])
-    return text if no_verdict else f"{text}: *{verdict(*triple, claimed)}*"
+def judged(triple, claimed, form="{:+.1f}%", scale=100, bold=True):
+    """'mean [interval]: verdict' of a claim; one seed, whose interval is not bold, gets none."""
+    text = span(triple, form, scale, bold)
+    has_verdict = bold and not np.isnan(triple[1])
+    return f"{text}: *{verdict(*triple, claimed)}*" if has_verdict else text
 
 
 def judged_cost(triple):
@@ -584,7 +592,7 @@ def judge_setting(results, rows):
     moved = [np.log(aux_ratio(line) / untouched) for line in sft.values()]
     back = by_seed(gdrt, sft, lambda line: np.log(aux_ratio(line)))
     return (
-        judged(by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429, seeds=len(both)),
+        judged(by_window(results, gdrt, sft, "NDCG@10")[0], 0.2429, bold=len(both) > 1),
         judged(ratio(unfairness), -0.3743),
         judged(seed_interval(worst), 1e-9, "{:+.3f}", 1),
         judged(group_zero_to_sft(gdrt, sft), -1e-9, "{:+.3f}", 1),
@@ -613,9 +621,10 @@ def statements_today(results, lines):
     rows_by_setting = {}
     for name, wanted in settings.items():
         rows = pick(lines, **wanted)
-        for row in set(UNIFORM) & set(rows):
-            if stands_for_setup(next(iter(rows[row].values()))["arguments"]):
-                rows_by_setting[name] = rows | {"gdrt": rows[row]}
+        for row, by_seed in rows.items():
+            arguments = next(iter(by_seed.values()))["arguments"]
+            if row in BY_RELEVANCE and stands_for_setup(arguments):
+                rows_by_setting[name] = rows | {"gdrt": by_seed}
     return statements_table(results, rows_by_setting)
 
 
@@ -855,8 +864,8 @@ def section(results, lines, name):
         return power_table(results, lines)
     if name == "diagnosis":
         return diagnosis_table(results, lines)
-    makers = {"sweep": sweep_table, "groups": grouping_table, "statements": statements}
-    makers |= {"statements-today": statements_today}
+    makers = {"sweep": sweep_table, "groups": grouping_table}
+    makers |= {"statements": statements, "statements-today": statements_today}
     return makers[name](results, tested)
 
 
@@ -949,7 +958,7 @@ def document(done):
     return "\n\n".join(parts) + "\n"
 
 
-IN_FULL_ONLY = ("HR@10", "DGU@5", "coverage@10", "aux:user")
+IN_FULL_ONLY = ("HR@10", "genre MGU@5 to SFT", "DGU@5", "coverage@10", "aux:user")
 
 
 def narrow(body):
