@@ -112,7 +112,7 @@ def cut(r, weight, n_groups):
     middle = (np.cumsum(capped) - capped / 2) / capped.sum()
     group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
-    if (shares == 0).any():
+    if not (shares > 0).all():
         raise InputError(f"--groups {n_groups}: ties leave a group empty; use fewer groups")
     group = np.full(r.shape, -1)
     group[known] = group_of_value[index]
@@ -135,6 +135,7 @@ from data import (
     PAD,
     Batch,
     Window,
+    additive_mask,
     attention,
     build_tree,
     by_length,
@@ -143,11 +144,11 @@ from data import (
     embeds_inputs,
     experts,
     hide_bar,
-    limit_onednn_cache,
     load_run,
     log_softmax_over,
     logits_at,
     run_command,
+    set_environment,
     share_out,
     shortest_window,
     write_atomic,
@@ -175,7 +176,7 @@ def ablations(model, batch, segments, tries=(None,)):
 
 
 def mean_embedding(embedding):
-    """Mean of the embedding layer's output over the vocabulary, (D,): some scale their weight."""
+    """Mean of the embedding layer's output, (D,): not of its weight, which some layers scale."""
     weight = embedding.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = 0
@@ -320,7 +321,7 @@ def attributions(
 
 
 def log_probs_of(model, prompts, trees, device="cpu"):
-    """[log p over legal continuations, over the vocabulary, item, place] of targets, each (N,)."""
+    """[log p over legal continuations, over the vocabulary, item, place, window], each (N,)."""
 
     def measure(batch):
         logits = target_logits(model, batch)  # (N, V)
@@ -328,7 +329,7 @@ def log_probs_of(model, prompts, trees, device="cpu"):
         full = label_log_prob(logits, batch.label)
         return legal.cpu().double(), full.cpu().double()
 
-    return of_all_targets(measure, model, trees, device)[:-1]
+    return of_all_targets(measure, model, trees, device)
 
 
 def without_history(windows):
@@ -427,9 +428,7 @@ def own_prompt_mask(position, seen):
     prompt = (position == 0).cumsum(1)  # (B, T) number of the prompt in its row
     visible = (prompt[:, :, None] == prompt[:, None, :]) & seen[:, None, :]  # (B, T, T)
     itself = torch.eye(T, dtype=torch.bool, device=position.device)
-    visible = visible.tril() | itself
-    lowest = torch.finfo(torch.float32).min
-    return torch.zeros(B, 1, T, T, device=position.device).masked_fill(~visible[:, None], lowest)
+    return additive_mask((visible.tril() | itself)[:, None])
 
 
 def without_user(batch):
@@ -450,15 +449,8 @@ def without_user(batch):
     )
 
 
-def on_tokens(values, batch, empty):
-    """values (N,) of a batch's target tokens -> (B, T) numpy, `empty` where there is no target."""
-    grid = np.full(tuple(batch.ids.shape), empty, dtype=np.asarray(values).dtype)
-    grid[batch.row.cpu(), batch.predict_at.cpu() + 1] = values
-    return grid
-
-
-def with_group(collate, rows):
-    """collate(rows), any data collator's batch, with `group` (B, T): -1 where there is no target.
+def with_group(collator, rows):
+    """collator(rows), any data collator's batch, with `group` (B, T): -1 where there is no target.
 
     A row's "group" holds one id for each of its targets, in order, or one for each token, -1 where
     there is no target. The ids go where the batch's `labels` are, so the collator may pad or pack
@@ -466,7 +458,7 @@ def with_group(collate, rows):
     """
     rest = [dict(row) for row in rows]
     groups = [row.pop("group", None) for row in rest]
-    batch = collate(rest)
+    batch = collator(rest)
     if any(group is None for group in groups):
         return batch
     target = batch["labels"] != -100  # (B, T)
@@ -512,9 +504,9 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
     chosen = np.random.default_rng(seed).permutation(len(windows))[:DIAGNOSED]
     windows = [windows[i] for i in sorted(chosen.tolist())]
     trees = build_trees(prompts, windows)
-    legal, full, item, place = log_probs_of(model, prompts, trees, device)  # (N,) each
+    legal, full, item, place, _ = log_probs_of(model, prompts, trees, device)  # (N,) each
     alone = build_trees(prompts, without_history(windows))
-    prior, _, title, _ = log_probs_of(model, prompts, alone, device)  # (M,) each
+    prior, _, title, _, _ = log_probs_of(model, prompts, alone, device)  # (M,) each
     by_title = np.bincount(title, weights=prior)  # log p(title | no history)
     without = np.mean([by_title[w.items[w.stop]] for w in windows])
     continuations = np.diff(prompts.trie.first)  # how many each node of the trie has
@@ -722,7 +714,7 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    limit_onednn_cache(args.cache)
+    set_environment(args.cache)
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: one point or more is needed")
     places = args.cache, args.data_dir, args.dataset

@@ -1336,7 +1336,6 @@ class Trie(NamedTuple):
     Children of one node are neighbours in `child`.
     """
 
-    parent: np.ndarray  # (M,) node -> parent node; the root is its own
     token: np.ndarray  # (M,) node -> the token that leads to it
     item: np.ndarray  # (M,) item whose title, with EOS, ends here; -1 at inner nodes
     first: np.ndarray  # (M + 1,) children of node m are child[first[m]:first[m + 1]]
@@ -1348,7 +1347,6 @@ class Trie(NamedTuple):
 class Node:
     """A node of the trie under construction."""
 
-    parent: int
     token: int
     item: int = -1
     children: dict = field(default_factory=dict)  # token -> node
@@ -1360,7 +1358,7 @@ def build_trie(sequences, names=None):
     InputError if two are equal or one continues another. names: the items' names for messages.
     """
     names = names or [f"{i}" for i in range(len(sequences))]
-    nodes = [Node(parent=0, token=-1)]
+    nodes = [Node(token=-1)]
     path = np.full((len(sequences), max(map(len, sequences)) + 1), -1)
     for i, sequence in enumerate(sequences):
         node = 0
@@ -1369,7 +1367,7 @@ def build_trie(sequences, names=None):
             children = nodes[node].children
             if token not in children:
                 children[token] = len(nodes)
-                nodes.append(Node(parent=node, token=token))
+                nodes.append(Node(token=token))
             node = children[token]
             path[i, j] = node
         if nodes[node].item >= 0:
@@ -1389,7 +1387,6 @@ def build_trie(sequences, names=None):
     for node in nodes:
         child += node.children.values()
     return Trie(
-        parent=np.array([node.parent for node in nodes]),
         token=np.array([node.token for node in nodes]),
         item=np.array([node.item for node in nodes]),
         first=np.cumsum([0] + [len(node.children) for node in nodes]),
@@ -1493,7 +1490,7 @@ class Tree(NamedTuple):
     ids: np.ndarray  # (T,) token
     parent: np.ndarray  # (T,) the node before it in its prompt; the first is its own parent
     position: np.ndarray  # (T,) depth: the position in the separate prompt
-    segment: np.ndarray  # (T,) one of PAD, BOS, TEMPLATE, USER, TITLE
+    segment: np.ndarray  # (T,) one of BOS, TEMPLATE, USER, TITLE; collate adds PAD
     predict_at: np.ndarray  # (N,) node whose logits predict the target token
     label: np.ndarray  # (N,) target token
     item: np.ndarray  # (N,) item whose title the target token belongs to
@@ -1601,6 +1598,12 @@ def ancestor_mask(parent):
     return mask
 
 
+def additive_mask(allowed):
+    """allowed (...), bool -> what is added to attention scores: 0, or the lowest float."""
+    zeros = torch.zeros(allowed.shape, device=allowed.device)
+    return zeros.masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+
 class Batch(NamedTuple):
     """B trees padded to T nodes, and their N target tokens."""
 
@@ -1649,8 +1652,7 @@ def collate(trees, device="cpu"):
         parent = pad("parent")
         for row, tree in zip(parent, trees):
             row[len(tree.ids) :] = np.arange(len(tree.ids), T)
-        allowed = ancestor_mask(parent)[:, None]  # (B, 1, T, T)
-        mask = tensor(np.where(allowed, np.float32(0), np.finfo(np.float32).min))
+        mask = additive_mask(tensor(ancestor_mask(parent)[:, None]))  # (B, 1, T, T)
     targets = [len(tree.predict_at) for tree in trees]
     return Batch(
         ids=tensor(ids),
@@ -2212,6 +2214,8 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
             if wrong_error < 0.1:
                 with enlarged(model, factor):
                     error, wrong_error = packing_error(model, batch)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         # The model expects another shape of mask, or takes no position ids.
         return False
@@ -2293,8 +2297,8 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     return config, loaded, model.eval(), tokenizer, prompts
 
 
-def limit_onednn_cache(cache):
-    """Limit oneDNN's cache, and put matplotlib's into our cache folder. Call this first.
+def set_environment(cache):
+    """Limit oneDNN's cache, and put matplotlib's into the folder of --cache. Call this first.
 
     oneDNN compiles a kernel for each new shape of a batch, and its default cache of 1,024 kernels
     takes gigabytes. More than 16 do not make updates faster; 64 take another 170 MB.

@@ -1,7 +1,7 @@
 """How good a recommender is: exact ranking, accuracy, fairness, and where the model looks.
 
 Above the ruler is what we measure, by definition. Below it, `rank` runs the same search in
-batches, `evaluate_model` and `audit` put a model through all of it, `interval` says how sure we
+batches, `evaluate_parts` and `audit` put a model through all of it, `interval` says how sure we
 are, and the command compares finished runs.
 """
 
@@ -96,16 +96,16 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from attribution import attributions, format_table, has_derivative, of_all_targets
+from attribution import attributions, format_table, has_derivative, label_log_prob
 from data import (
     Window,
+    additive_mask,
     build_trees,
     by_shared_prefix,
     collate,
     flat_ranges,
     hide_bar,
     legal_tokens,
-    limit_onednn_cache,
     load_dataset,
     load_run,
     log_softmax_over,
@@ -113,6 +113,7 @@ from data import (
     normalize_text,
     read_json,
     run_command,
+    set_environment,
     share_out,
     take_columns,
     target_logits,
@@ -284,9 +285,8 @@ def target_nlls(logits, batch, trie):
     ranking uses it. numpy, float64.
     """
     logits = logits.float()
-    full = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
-    owner, token, chosen = legal_tokens(batch, trie)
-    legal = -log_softmax_over(logits, owner, token)[chosen]
+    full = -label_log_prob(logits, batch.label)
+    legal = -label_log_prob(logits, batch.label, legal_tokens(batch, trie))
     return full.cpu().double().numpy(), legal.cpu().double().numpy()
 
 
@@ -507,9 +507,7 @@ class CachedPrompts:
         self.sees = torch.cat([torch.nn.functional.pad(self.sees, (0, S)), new], dim=1)
         self.slot[row[last], node[last]] = C + column[last]
         prompt = self.prompt[:, None].expand(-1, S, -1)
-        allowed = torch.cat([prompt, new], dim=2)[:, None]
-        mask = torch.zeros(allowed.shape, device=row.device)
-        return mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
+        return additive_mask(torch.cat([prompt, new], dim=2)[:, None])
 
     def forward(self, row, node):
         """Logits after the last token of each edge to `node` (n,), under 'full' after every token.
@@ -682,18 +680,6 @@ def popularity_lists(dataset, windows, k, keep_seen=False):
 # ---------------------------------------------------------------- held-out likelihood and audit
 
 
-def token_nlls(model, prompts, trees, device="cpu"):
-    """NLL in nats of every target token -> [full, legal, item, place, window], each (N,) numpy.
-
-    full, legal: see target_nlls. Where a ranking is made, it holds them as well.
-    """
-
-    def measure(batch):
-        return target_nlls(target_logits(model, batch), batch, prompts.trie)
-
-    return of_all_targets(measure, model, trees, device)
-
-
 def by_group(values, group, n_groups):
     """Mean of values (N,) in each group (N,), None if it is empty; group -1 is left out."""
     members = [values[group == g] for g in range(n_groups)]
@@ -811,20 +797,13 @@ def shuffled_ndcg(model, prompts, windows, seed=0, **options):
     return accuracy(ranking.items, ranking.scores, targets)["NDCG@10"]
 
 
-def evaluate_model(model, prompts, dataset, windows, group, n_groups, **options):
-    """All that a table shows of a model on `windows` -> (metrics, {name: (n,)}, Ranking).
-
-    group: (items, L) or None. options: softmax, keep_seen and device of `rank`.
-    """
-    parts = {"": windows}
-    return evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options)[""]
-
-
 def evaluate_parts(model, prompts, dataset, parts, group, n_groups, **options):
-    """evaluate_model of several lists of windows, {name: windows}, at once -> {name: its result}.
+    """All that a table shows of a model -> {name: (metrics, {name: (n,)}, Ranking)}.
 
-    A user's validation and test windows share most of their history, which is then read once.
-    Under torchrun all ranks must call it, and all get the whole result.
+    parts: {name: windows}; group: (items, L) or None; options: softmax, keep_seen and device of
+    `rank`. All parts are ranked at once: a user's validation and test windows share most of their
+    history, which is then read once. Under torchrun all ranks must call it, and all get the whole
+    result.
     """
     windows = [window for part in parts.values() for window in part]
     ranking = rank_by_all(model, prompts, windows, **options)
@@ -876,11 +855,9 @@ def sums_by_user(values, users):
 
     Users are numbered by their first windows, so that the draws do not depend on their names.
     """
-    _, first, index = np.unique(users, return_index=True, return_inverse=True)
-    number = np.empty(len(first), dtype=int)
-    number[first.argsort()] = np.arange(len(first))
-    index = number[index]
-    sums = np.zeros((len(first), len(values), *values.shape[2:]))
+    number = {user: i for i, user in enumerate(dict.fromkeys(users))}
+    index = np.array([number[user] for user in users])
+    sums = np.zeros((len(number), len(values), *values.shape[2:]))
     np.add.at(sums, index, values.swapaxes(0, 1))
     return sums.swapaxes(0, 1), np.bincount(index)
 
@@ -1072,7 +1049,8 @@ def comparison(pools, dataset, windows):
         if metric in found[name]:
             values, statistic = found[name][metric]
             return in_brackets(*interval(values, users, statistic))
-        known = [run["metrics"][metric] for run in pools[name] if metric in run["metrics"]]
+        known = [run["metrics"].get(metric) for run in pools[name]]
+        known = [value for value in known if value is not None]
         return f"{np.mean(known):.4f}" if known else ""
 
     def difference(metric, name):
@@ -1090,10 +1068,11 @@ def comparison(pools, dataset, windows):
 
 
 def listed_ndcg(line):
-    """NDCG of a line of predictions.jsonl, up to the end of its list."""
+    """NDCG@10 of a line of predictions.jsonl."""
     if line["target"] not in line["titles"]:
         return 0.0
-    return 1 / math.log2(line["titles"].index(line["target"]) + 2)
+    wrong = [[title != line["target"] for title in line["titles"]]]
+    return accuracy(np.array(wrong, dtype=int), np.array([line["scores"]]), [0])["NDCG@10"][0]
 
 
 MEASURES = {  # of a line of predictions.jsonl
@@ -1117,18 +1096,16 @@ def paired_intervals(lines, base):
     return found
 
 
-def differences(logs, base="SFT"):
+def differences(logs):
     """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
 
     logs: {name: lines of predictions.jsonl}. 95% intervals stand in brackets.
     """
     found = {}
     for name, lines in logs.items():
-        if name != base and base in logs:
-            leads = paired_intervals(lines, logs[base])
-            found[name] = [
-                f"{measure} {in_brackets(*ends, '+')}" for measure, ends in leads.items()
-            ]
+        if name != "SFT" and "SFT" in logs:
+            leads = paired_intervals(lines, logs["SFT"])
+            found[name] = [f"{what} {in_brackets(*ends, '+')}" for what, ends in leads.items()]
     return found
 
 
@@ -1136,8 +1113,8 @@ def differences(logs, base="SFT"):
 
 
 def write_predictions(path, dataset, windows, ranking, per_window):
-    """Write a line for each window: user, position, the history that the model read, the target,
-    the titles listed, their scores, and the target's NLLs."""
+    """Write a line for each window: user, position, its history (also titles too old for the model
+    to read), the target, the titles listed, their scores, and the target's NLLs."""
     lines = []
     for i, w in enumerate(windows):
         kept = ranking.items[i] >= 0
@@ -1382,7 +1359,7 @@ def audit_table(audits):
     return header, rows
 
 
-def tercile_table(models, by, metric="NDCG@10"):
+def tercile_table(models, by):
     """(header, rows) of what by_tercile found: a row for each tercile of the windows.
 
     models: {name: [metrics of each seed]}; by: one of TERCILES.
@@ -1392,13 +1369,14 @@ def tercile_table(models, by, metric="NDCG@10"):
     for name, some in first[by].items():
         means = []
         for seeds in models.values():
-            means.append(fmt(np.mean([metrics[by][name][metric] for metrics in seeds]), 4))
+            means.append(fmt(np.mean([metrics[by][name]["NDCG@10"] for metrics in seeds]), 4))
         rows.append((name, f"{some['from']} to {some['to']}", some["n"], *means))
     return (by, "training positives", "n", *models), rows
 
 
-def print_table(header, rows, width=100):
+def print_table(header, rows):
     """Print a table; if it is too wide, in several tables, each with the first column."""
+    width = 100
     widths = [max(map(len, map(str, column))) for column in zip(header, *rows)]
     blocks = []
     used = width  # so that the second column opens a block
@@ -1531,7 +1509,7 @@ def print_moved(run):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    limit_onednn_cache(args.cache)
+    set_environment(args.cache)
     if not args.runs and not (args.predictions and args.dataset):
         raise InputError("name one RUN or more, or give --predictions FILE with --dataset")
     if args.runs and (args.split or args.min_rating is not None):

@@ -187,6 +187,7 @@ from attribution import (
     diagnose,
     format_table,
     has_derivative,
+    label_log_prob,
     name_items,
     relevance,
     token_attribution,
@@ -201,17 +202,16 @@ from data import (
     collate,
     fall_back_to_unpacked,
     forgive_stdout,
+    hide_bar,
     is_complete,
     legal_tokens,
-    limit_onednn_cache,
     load_dataset,
-    log_softmax_over,
     make_prompts,
-    normalize_text,
     positions,
     read_json,
     reason_of,
     save_model,
+    set_environment,
     start_model,
     target_logits,
     weights_digest,
@@ -253,7 +253,7 @@ class TrainConfig(NamedTuple):
     frozen: str = "fp32"  # or bf16: the precision of the weights that --lora freezes
     softmax: str = "full"  # or trie: NLL over legal continuations (MSL)
     temperature: float = 1.0  # of the trie softmax
-    rank: int = 0  # this process among `world`
+    rank: int = 0  # number of this process, from 0 to world - 1
     world: int = 1
     device: str = "cpu"
     save_every: int = 100  # updates between checkpoints
@@ -329,8 +329,8 @@ def token_nll(model, batch, prompts, cfg):
     if cfg.softmax == "full":
         nll = torch.nn.functional.cross_entropy(logits, batch.label, reduction="none")
     else:
-        owner, token, chosen = legal_tokens(batch, prompts.trie)
-        nll = -log_softmax_over(logits / cfg.temperature, owner, token)[chosen]
+        legal = legal_tokens(batch, prompts.trie)
+        nll = -label_log_prob(logits / cfg.temperature, batch.label, legal)
     return nll[:N]
 
 
@@ -376,7 +376,7 @@ def barrier(cfg):
 
 
 def learning_rate(step, steps, peak):
-    """Linear warm-up over the first twentieth of `steps`, then linear decay to 0."""
+    """The lower of two lines: up to `peak` over the first twentieth, and from `peak` down to 0."""
     return peak * min((step + 1) / max(1, steps // 20), (steps - step) / steps)
 
 
@@ -408,8 +408,8 @@ def make_batches(trees, batch, epochs, seed):
 
 # ---------------------------------------------------------------- LoRA
 
-LORA_SCALE = 2  # alpha / r: alpha is 2 r, as in the lab's harness
-LORA_DROPOUT = 0.05  # on the input of A, from the same harness
+LORA_SCALE = 2  # alpha / r: alpha is 2 r (our choice)
+LORA_DROPOUT = 0.05  # on the input of A (our choice)
 LORA_LAYERS = "q_proj", "v_proj"
 # What other models call the input projections of their attention, most of which are fused.
 OTHER_LAYERS = "qkv_proj", "query_key_value", "c_attn", "Wqkv", "query", "value"
@@ -599,9 +599,8 @@ class Journal:
 
     def steps(self):
         """The numbers of the updates that are left, with a progress bar."""
-        quiet = None if self.cfg.rank == 0 else True  # None: shown where stderr is a terminal
         name = self.folder.name if self.folder else "training"
-        self.progress = tqdm(range(self.start, self.stop), desc=name, disable=quiet)
+        self.progress = tqdm(range(self.start, self.stop), desc=name, disable=hide_bar())
         for step in self.progress:
             self.began = time.perf_counter()
             yield step
@@ -681,9 +680,8 @@ def load_checkpoint(path, model, optimizer):
             torch.cuda.set_rng_state_all(kept["cuda_rng"])
         return kept["state"].to(next(model.parameters()).device), kept["step"]
     except broken as error:
-        reason = normalize_text(str(error))[:200]
         raise InputError(
-            f"{path}: not a checkpoint of this run ({reason}); delete it, "
+            f"{path}: not a checkpoint of this run ({reason_of(error)}); delete it, "
             "and --resume repeats that part"
         ) from None
 
@@ -911,9 +909,9 @@ def warm_up(setup, seed, folder, cfg):
 def form_groups(setup, args, cfg, path):
     """What groups.json holds: relevance and group of every target token, measured once a run."""
     if not path.exists():
-        start = time.perf_counter()
         model, prompts, windows = setup.model, setup.prompts, setup.windows
         found = diagnose(model, prompts, windows, args.seed, cfg.device)
+        start = time.perf_counter()
         r = relevance(model, prompts, windows, args.relevance, seed=args.seed, device=cfg.device)
         group, cuts, shares = cut_groups(r, windows, args.groups)
 
@@ -1081,7 +1079,6 @@ def write_metrics(folder, result, baselines, times, cfg):
     metrics["baselines"] = baselines
     metrics["audit"] = {"before": baselines["before"].get("audit"), "after": result.get("audit")}
     metrics["time"] = times | {"evaluate": result["seconds"]}
-    metrics["config"] = read_json(folder.parent / "config.json")
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
 
 
@@ -1094,8 +1091,6 @@ def print_results(folder, args, cfg):
         if not args.no_report:
             print(f"report: {write_report(folder)}")
         print(f"{time.perf_counter() - BEGAN:.0f} s in all; files in {folder}")
-    if cfg.world > 1:
-        torch.distributed.destroy_process_group()
 
 
 def paired_differences(folder, losses):
@@ -1218,7 +1213,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Adds its default to each flag's help, except where that is None or False."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False  # 0 == False is a default
+        return action.help if silent else super()._get_help_string(action)
 
 
 def positive(kind):
@@ -1322,8 +1318,8 @@ def model_flags(add):
         default=0,
         metavar="R",
         help="LoRA: train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all "
-        "weights (the default, 0); a pretrained LM wants --lr 1e-4 or so. The frozen weights are "
-        "bf16 in training on a GPU, or where --precision bf16 is given",
+        "weights. The frozen weights are bf16 in training on a GPU, or where --precision bf16 is "
+        "given",
     )
     add(
         "--device",
@@ -1410,7 +1406,13 @@ def training_flags(add):
         metavar="M",
         help="micro-batches per update, to save memory; 2 or more cost a second forward pass",
     )
-    add("--lr", type=positive(float), default=2e-3, help="peak learning rate of AdamW")
+    add(
+        "--lr",
+        type=positive(float),
+        default=2e-3,
+        help="peak learning rate of AdamW; for smollm2-135m 4e-3 was best with --lora 8, and 2e-4 "
+        "without (results/README.md)",
+    )
     add(
         "--no-pack",
         action="store_true",
@@ -1466,7 +1468,7 @@ def main(argv=None):
     forgive_stdout()
     args = parser().parse_args(argv)
     args.epochs = args.epochs or default_epochs(args.dataset)
-    limit_onednn_cache(args.cache)
+    set_environment(args.cache)
     if not args.name:
         dataset = Path(args.dataset).resolve().name
         model = Path(args.model).resolve().name
@@ -1477,6 +1479,8 @@ def main(argv=None):
                 f"--name {args.name}: give a folder name without slashes; --out says where it goes"
             )
         run(args)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except InputError as error:
         complain(error)
     except OSError as error:
@@ -1486,23 +1490,28 @@ def main(argv=None):
         )
     except torch.OutOfMemoryError:
         complain(
-            "the device ran out of memory; raise --accumulate, which leaves the result the same, "
-            "and add --resume"
+            "the device ran out of memory; raise --accumulate, which changes the result by "
+            f"rounding alone{', and give another --name' if has_begun(args) else ''}"
         )
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            command = resume_command(sys.argv[1:] if argv is None else argv)
+            command = resume_command(sys.argv[1:] if argv is None else argv, has_begun(args))
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
 
 
-def resume_command(argv):
-    """The command line that goes on with the run that `argv` started."""
-    words = [word for word in argv if word != "--resume"]
+def has_begun(args):
+    """Is there a run that --resume can go on with?"""
+    return (Path(args.out) / args.name / "config.json").exists()
+
+
+def resume_command(argv, begun):
+    """The command line that goes on with the run that `argv` started, or starts it if not begun."""
+    words = [word for word in argv if word != "--resume"] + ["--resume"] * begun
     start = "python"
     if "LOCAL_WORLD_SIZE" in os.environ:
         start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{start} gdrt.py {shlex.join([*words, '--resume'])}"
+    return f"{start} gdrt.py {shlex.join(words)}"
 
 
 def complain(error):

@@ -98,7 +98,7 @@ the target tokens of {{ part.of.windows }} windows, by gradient of one in {{ eve
 are where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
 {{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
-has of the training histories and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
+has of the training positives and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
 <p>NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to
 be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %}
 {%- call(logs) section("Users") %}{% set first = (logs.values()|list)[0] %}
@@ -115,7 +115,7 @@ be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %
 """
 RAISES = (107, 174, 214)  # blue and orange, which colour-blind readers can tell apart
 LOWERS = (253, 174, 107)
-COLOURS = {"histories": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
+COLOURS = {"training positives": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "gdrt", "font.size": 9, "legend.frameon": False}
 
 
@@ -201,7 +201,7 @@ def attribution_part(audits):
 
 def exposure_part(models):
     """Shares of the popularity groups and accuracy by terciles; models: {name: metrics}."""
-    shares = {"histories": models[BEFORE]["exposure"]["GH"]}
+    shares = {"training positives": models[BEFORE]["exposure"]["GH"]}
     shares |= {name: metrics["exposure"]["GP@10"] for name, metrics in models.items()}
     panel = ("share by popularity group", models[BEFORE]["exposure"]["groups"], shares)
     seeds = {name: [metrics] for name, metrics in models.items()}

@@ -46,15 +46,22 @@ from outcomes import KINDS, add_arrays, add_lines, by_user, read_array, read_lin
 
 import data
 import gdrt
-from attribution import cut_groups, diagnose, mean_by_place, relevance, sample_windows
+from attribution import (
+    cut_groups,
+    diagnose,
+    log_probs_of,
+    mean_by_place,
+    relevance,
+    sample_windows,
+)
 from data import (
     InputError,
     announce,
     build_trees,
-    limit_onednn_cache,
     load_dataset,
+    set_environment,
 )
-from evaluate import audit, evaluate_parts, list_metrics, popularity_lists, token_nlls
+from evaluate import audit, evaluate_parts, list_metrics, popularity_lists
 
 # tune-lr chose lr and batch, tune-tau tau and prior, by NDCG@10 on validation windows of ml-100k
 # alone, before a test window was read.
@@ -514,8 +521,8 @@ def unmasked_relevance(begun, name, seed):
     if name == "nll":
         gdrt.load_trained(model, begun.before)
         trees = build_trees(prompts, sample_windows(windows, seed))
-        full, _, item, place, _ = token_nlls(model, prompts, trees, device)
-        return -mean_by_place(full, item, place, prompts)
+        _, log_p, item, place, _ = log_probs_of(model, prompts, trees, device)
+        return mean_by_place(log_p, item, place, prompts)
     if name == "late":
         train_rest(begun, np.zeros(shape, dtype=int), gdrt.sft_rule, 1)
         name = "gradient"
@@ -746,7 +753,7 @@ def main(argv=None):
     folder = "runs/quick" if options.experiment == "quick" else "results"
     options.results = options.results or ROOT / folder
     options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
-    limit_onednn_cache(options.cache)
+    set_environment(options.cache)
     try:
         run_experiment(options)
     except (InputError, OSError) as error:

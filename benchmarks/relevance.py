@@ -45,6 +45,7 @@ from attribution import (
     forward_mode,
     label_log_prob,
     log_prob_derivative,
+    log_probs_of,
     mean_by_place,
     path_ends,
     ratio,
@@ -59,18 +60,18 @@ from data import (
     by_length,
     collate,
     legal_tokens,
-    limit_onednn_cache,
     load_dataset,
     load_run,
     make_prompts,
     positions,
     read_json,
     run_command,
+    set_environment,
     start_model,
     target_logits,
     write_atomic,
 )
-from evaluate import by_group, evaluate_model, token_nlls
+from evaluate import by_group, evaluate_parts
 from gdrt import environment
 
 METHODS = "gradient", "ablation", "probability"
@@ -346,8 +347,9 @@ class Shop:
         if not path.exists():
             seconds = self.train_row(row)
             truth = planted(self.dataset, self.prompts).astype(int)
-            valid = self.dataset.valid
-            metrics = evaluate_model(self.model, self.prompts, self.dataset, valid, truth, 2)[0]
+            parts = {"valid": self.dataset.valid}
+            found = evaluate_parts(self.model, self.prompts, self.dataset, parts, truth, 2)
+            metrics = found["valid"][0]
             write_atomic(path, json.dumps(metrics | {"seconds": seconds}))
             announce(f"{path.name}: NDCG@10 {metrics['NDCG@10']:.4f}, {seconds:.0f} s")
         return read_json(path)
@@ -579,11 +581,12 @@ def describe(model, prompts, dataset, found, seconds, steps, seed):
 
     On toy, also the AUC with which each finds the planted bias.
     """
-    nll, _, item, place, _ = token_nlls(model, prompts, build_trees(prompts, dataset.test))
+    trees = build_trees(prompts, dataset.test)
+    _, log_p, item, place, _ = log_probs_of(model, prompts, trees)
     groups = {}
     for method, r in found.items():
         group = cut_groups(r, dataset.train, 4)[0]
-        groups[method] = by_group(nll, group[item, place], 4)
+        groups[method] = by_group(-log_p, group[item, place], 4)
 
     def correlations(of):
         weight = frequency(dataset.train, of)
@@ -714,7 +717,7 @@ def main(argv=None):
         raise InputError("name one RUN, or --shop")
     name = "relevance-shop.json" if args.shop else "relevance.json"
     out = args.out or ROOT / "results" / name
-    limit_onednn_cache(args.cache)
+    set_environment(args.cache)
     if args.shop:
         result = shop_study(args)
         result = json.loads(json.dumps(result))  # as it is read from the file

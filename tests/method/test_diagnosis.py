@@ -106,14 +106,14 @@ def test_the_mean_embedding_is_summed_in_fp32():
 # ---------------------------------------------------------------- what a loss has over SFT
 
 
-def write_predictions(folder, loss, places, nlls):
+def write_predictions(folder, loss, places, nlls, scores=range(0, -10, -1)):
     """predictions.jsonl of a loss: user i's target is at place places[i], or not listed if None."""
     lines = []
     for user, (place, nll) in enumerate(zip(places, nlls)):
         titles = [f"title {i}" for i in range(10)]
         target = "elsewhere" if place is None else titles[place - 1]
         line = {"user": str(user), "titles": titles, "target": target}
-        line |= {"legal NLL": nll, "NLL": 10 - nll}
+        line |= {"scores": list(scores), "legal NLL": nll, "NLL": 10 - nll}
         lines.append(json.dumps(line) + "\n")
     (folder / loss).mkdir()
     (folder / loss / "predictions.jsonl").write_text("".join(lines))
@@ -141,6 +141,14 @@ def test_what_one_user_gains_and_another_loses_is_no_difference(tmp_path):
     for sentence in (ndcg, nll):
         assert sentence.endswith("no difference seen")
     assert "NDCG@10 +0.0000" in ndcg
+
+
+def test_titles_of_equal_scores_share_their_mean_rank(tmp_path):
+    """As in the table. Listed first and second with one score: 1 / log2(1.5 + 1), not 1."""
+    write_predictions(tmp_path, "sft", [None] * 3, [5.0] * 3)
+    write_predictions(tmp_path, "gdrt", [1, 2, 1], [5.0] * 3, scores=[0, 0, *range(-2, -10, -1)])
+    ndcg = paired_differences(tmp_path, ["sft", "gdrt"])[1]
+    assert ndcg.startswith("  NDCG@10 +0.7565, 95% interval [+0.7565, +0.7565]")
 
 
 def test_without_sft_or_test_windows_nothing_is_said(tmp_path):

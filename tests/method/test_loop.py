@@ -204,7 +204,7 @@ def test_trie_softmax_is_over_the_legal_tokens(temperature):
 
 
 def test_learning_rate():
-    """Linear up to the peak over the first twentieth, then linear down to 0 at the end."""
+    """The lower of two lines: up to the peak over a twentieth, and from the peak down to 0."""
     rates = [gdrt.learning_rate(step, 200, 3.0) for step in range(200)]
     assert rates[:9] == pytest.approx([0.3 * (step + 1) for step in range(9)])
     assert max(rates) <= 3 and rates.index(max(rates)) == 9

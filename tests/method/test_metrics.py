@@ -439,12 +439,15 @@ def test_seeds_of_one_configuration_are_pooled():
     assert list(evaluate.pool([*runs[:2], other])) == names
     with pytest.raises(InputError, match="once"):
         evaluate.pool([runs[0], runs[0]])
+    runs[0]["metrics"]["worst group NLL"] = 2.0
+    runs[1]["metrics"]["worst group NLL"] = None  # no test title was a target of training
     header, rows = evaluate.comparison(evaluate.pool(runs), dataset, dataset.test)
     table = {row[0]: row[1:] for row in rows}
     assert header == ("", "sft seeds 0,1", "gdrt seeds 0,1", "gdrt seeds 0,1 less sft seeds 0,1")
     assert table["HR@5"][0].startswith("1.0000 [1.0000")
     assert table["NDCG@5"][1].startswith("1.0000")
     assert table["coverage@5"][2] == ""
+    assert table["worst group NLL"] == ("2.0000", "", "")
     assert evaluate.format_table(header, rows).count("\n") == len(rows) + 1
 
 

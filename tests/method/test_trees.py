@@ -342,3 +342,13 @@ def test_a_model_that_refuses_the_mask_is_noticed():
 
     model = Refuses(small_model().config).eval()
     assert not supports_packing(model, random_prompts(1), random_windows(12, 1))
+
+
+def test_too_little_memory_is_no_verdict_on_the_model():
+    class Fails(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            raise torch.OutOfMemoryError
+
+    model = Fails(small_model().config).eval()
+    with pytest.raises(torch.OutOfMemoryError):
+        supports_packing(model, random_prompts(1), random_windows(12, 1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,12 @@ def runs(small, tmp_path_factory):
         gdrt.main(flags)
         done[name] = (flags, out / name)
     return done
+
+
+def test_help_names_a_default_of_zero():
+    for flag in re.split(r"\n  (?=-)", gdrt.parser().format_help()):
+        if flag.startswith(("--seed", "--lora")):
+            assert "(default: 0)" in " ".join(flag.split())
 
 
 def test_every_flag_is_run(runs):

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import gdrt
+from attribution import log_probs_of
 from data import Dataset, InputError, Window, build_trees, run_command
 
 
@@ -60,9 +61,9 @@ def by_hand(model, prompts, window):
 def test_nlls_are_those_of_separate_prompts():
     model, prompts, windows, dataset = world()
     group = np.random.default_rng(1).integers(0, 3, (len(prompts.titles), 8))  # group 3 is empty
-    metrics, per_window, ranking = evaluate.evaluate_model(
-        model, prompts, dataset, windows, group, 4
-    )
+    parts = {"all": windows}
+    found = evaluate.evaluate_parts(model, prompts, dataset, parts, group, 4)
+    metrics, per_window, ranking = found["all"]
     full = []
     legal = []
     groups = {g: [] for g in range(4)}
@@ -96,9 +97,8 @@ def test_parts_evaluated_together_are_as_each_alone():
     together = evaluate.evaluate_parts(model, prompts, dataset, parts, group, 3)
     assert list(together) == ["valid", "test"]
     for name, part in parts.items():
-        metrics, per_window, ranking = evaluate.evaluate_model(
-            model, prompts, dataset, part, group, 3
-        )
+        alone = evaluate.evaluate_parts(model, prompts, dataset, {name: part}, group, 3)
+        metrics, per_window, ranking = alone[name]
         ours, our_windows, our_ranking = together[name]
         assert (our_ranking.items == ranking.items).all()
         for field in "scores", "nll", "legal_nll":
@@ -131,10 +131,10 @@ def test_likelihood_of_the_search_is_that_of_a_pass_of_its_own(kind):
     model = small_model(kind)
     prompts = prompts._replace(packed=kind == "llama")
     trees = build_trees(prompts, windows)
-    full, legal, _, place, window = evaluate.token_nlls(model, prompts, trees)
+    legal, full, _, place, window = log_probs_of(model, prompts, trees)
     ranking = evaluate.rank(model, prompts, windows, 3, rows=6)
-    assert ranking.nll[window, place] == pytest.approx(full, abs=1e-5)
-    assert ranking.legal_nll[window, place] == pytest.approx(legal, abs=1e-5)
+    assert ranking.nll[window, place] == pytest.approx(-full, abs=1e-5)
+    assert ranking.legal_nll[window, place] == pytest.approx(-legal, abs=1e-5)
     assert (~np.isnan(ranking.nll)).sum() == len(full)
 
 

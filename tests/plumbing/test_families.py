@@ -34,13 +34,14 @@ from attribution import (
     forward_mode,
     has_derivative,
     label_log_prob,
+    log_probs_of,
     path_ends,
     plain_batch,
     segment_gradient,
     token_relevance,
 )
 from data import TITLE, USER, InputError, build_trees, collate, fall_back_to_unpacked, target_logits
-from evaluate import rank, token_nlls
+from evaluate import rank
 
 COMMON = {
     "vocab_size": 48,  # the tokenisers of some families add a token of their own
@@ -229,10 +230,10 @@ def test_a_saved_model_gives_the_same_logits(family):
 
 def check_nll(model, prompts):
     """The NLL from trees, packed or not, is that of the prompts run one by one."""
-    nll, _, _, place, window = token_nlls(model, prompts, build_trees(prompts, WINDOWS))
+    _, log_p, _, place, window = log_probs_of(model, prompts, build_trees(prompts, WINDOWS))
     with torch.no_grad():
         alone = torch.cat([separate_nll(model, prompts, window) for window in WINDOWS])
-    assert nll[np.lexsort((place, window))] == pytest.approx(alone.numpy(), abs=1e-4)
+    assert -log_p[np.lexsort((place, window))] == pytest.approx(alone.numpy(), abs=1e-4)
 
 
 def check_rank(model, prompts, softmax, windows=WINDOWS[::3], k=6):

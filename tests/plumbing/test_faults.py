@@ -213,12 +213,19 @@ def test_a_learning_rate_that_diverges_is_said(whole, tmp_path, fails):
     assert "lower --lr" in fails([*flags, "--out", tmp_path, "--lr", "1e30"])
 
 
-def test_memory_that_does_not_suffice_is_said(whole, tmp_path, fails, monkeypatch):
+def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
+    whole, tmp_path, fails, monkeypatch
+):
+    flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
+
     def token_nll(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gdrt, "token_nll", token_nll)
-    assert "raise --accumulate" in fails([*whole[0], "--out", tmp_path])
+    assert re.search("raise --accumulate, which .* alone, and give another --name", fails(flags))
+    monkeypatch.undo()
+    gdrt.main([*flags, "--accumulate", "2", "--name", "other"])
+    assert list(contents(tmp_path / "other")) == list(whole[1])
 
 
 # ---------------------------------------------------------------- datasets at the edge

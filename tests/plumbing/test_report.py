@@ -19,7 +19,7 @@ SECTIONS = "results training groups attribution exposure users heat-map settings
 
 
 def metrics_of(source, K):
-    """What list_metrics and evaluate_model give, with made-up numbers."""
+    """What list_metrics and evaluate_parts give, with made-up numbers."""
     names = ["MGU", "DGU", "genre MGU", "genre DGU", "HR", "NDCG", "MRR", "coverage"]
     third = {
         name: {"n": 4, "from": i, "to": i + 1, "NDCG@10": source.random()}
@@ -120,7 +120,7 @@ def make_run(folder, n=12, steps=60, K=4, title=EVIL, parts=("valid", "test")):
     before = audit_of(source, K)
     for loss in LOSSES:
         metrics = {part: metrics_of(source, K) for part in parts}
-        metrics |= {"baselines": baselines, "audit": {"before": None, "after": None}, "config": {}}
+        metrics |= {"baselines": baselines, "audit": {"before": None, "after": None}}
         metrics["time"] = {"warm-up": 9.0, "train": 40.0, "relevance": 5.0, "evaluate": 20.0}
         q = source.dirichlet([8, 5, 3, 2][:K], steps)
         if loss == "sft":

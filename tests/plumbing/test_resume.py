@@ -178,7 +178,7 @@ def press(name, number):
     setattr(gdrt, name, pressed)
 
 
-@pytest.mark.parametrize("name, number", [("training_step", 3), ("audit", 2)])
+@pytest.mark.parametrize("name, number", [("prepare", 1), ("training_step", 3), ("audit", 2)])
 def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name, number):
     flags, folder, _ = whole
     argv = [*flags, "--out", str(tmp_path / "a folder"), "--name", "run"]
@@ -186,6 +186,7 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(whole, tmp_path, name,
     assert finish(argv, log, press, name, number) == 130
     words = log.read_text().splitlines()[-1]
     assert words.startswith("interrupted; go on with: python gdrt.py --dataset")
+    assert ("--resume" in words) == (name != "prepare"), "before config.json there is no run"
     assert "Traceback" not in log.read_text()
     if name == "training_step":  # --save-every is 2, so Ctrl-C wrote this checkpoint
         path = tmp_path / "a folder" / "run" / "warmup" / "checkpoint.pt"
