@@ -147,6 +147,7 @@ from data import (
     load_run,
     log_softmax_over,
     logits_at,
+    normalize_text,
     run_command,
     set_environment,
     share_out,
@@ -519,6 +520,7 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
 
 # ---------------------------------------------------------------- one prompt, token by token
 
+MOST_STEPS = 4096  # the rule of so many points is made of a matrix of their square
 PATH_STEPS = 128  # Gauss-Legendre points of the path; the gap on toy is 0.02% at 64, 5e-7 at 128
 CHUNK = 16  # variants of the prompt that are forwarded at once
 
@@ -668,10 +670,8 @@ def choose_window(dataset, user=None, title=None):
     """The user's last test window (default: the first of all), its target replaced by `title`."""
     windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
     if not windows:
-        raise InputError(
-            f"--user {user}: no test window of this user; "
-            f"there are users such as {', '.join(dataset.users[:5])}"
-        )
+        some = normalize_text(", ".join(dataset.users[:5]))
+        raise InputError(f"--user {user}: no test window of this user; there are {some} and others")
     window = windows[0] if user is None else windows[-1]
     if title is None:
         return window
@@ -715,8 +715,8 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     set_environment(args.cache)
-    if args.steps < 1:
-        raise InputError(f"--steps {args.steps}: one point or more is needed")
+    if not 1 <= args.steps <= MOST_STEPS:
+        raise InputError(f"--steps {args.steps}: give a number from 1 to {MOST_STEPS:,}")
     places = args.cache, args.data_dir, args.dataset
     _, dataset, model, tokenizer, prompts = load_run(args.run, *places)
     window = choose_window(dataset, args.user, args.title)
@@ -724,7 +724,7 @@ def main(argv=None):
     record = name_items(record, dataset.titles)
     user = dataset.users[window.user]
     title = dataset.titles[window.items[window.stop]]
-    print(f"user {user}, title {title}: attribution by {args.method} in nats")
+    print(f"user {normalize_text(user)}, title {title}: attribution by {args.method} in nats")
     print(format_table(*span_table(record)))
     if record["gap"] is not None:
         print(f"gap to completeness {record['gap']:.2%} at {args.steps} points")

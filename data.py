@@ -86,6 +86,7 @@ def legal_continuations(titles):
 import ast
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import heapq
@@ -151,9 +152,11 @@ def write_atomic(path, content):
 
     content: str, bytes, or a function that writes to the open file it is given. Raises OSError.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
             if callable(content):
@@ -2027,7 +2030,7 @@ def save_model(folder, model, tokenizer, card="", weights=None):
     weights: a state_dict to save instead of the model's own.
     """
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     transformers.logging.disable_progress_bar()
     try:
         temporary.mkdir(parents=True, exist_ok=True)
@@ -2060,6 +2063,12 @@ def weights_digest(model):
         values = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(memoryview(values.numpy()))
     return digest.hexdigest()
+
+
+def prompts_digest(prompts):
+    """sha256 over the token ids that prompts are made of: another tokeniser has others."""
+    pieces = prompts.bos, prompts.task, prompts.separator, prompts.marker, prompts.titles
+    return hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
 
 
 def is_complete(folder):
@@ -2251,14 +2260,18 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
 # ------------------------------------------------ finished runs and commands
 
 
-def read_json(path):
-    """The value in a JSON file; InputError if it is absent or damaged."""
+def read_json(path, *keys):
+    """The value in a JSON file; InputError if it is absent, damaged, or lacks one of the keys."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; is this a finished run of gdrt.py?") from None
     except ValueError:
         raise InputError(f"{path}: not whole JSON; train the run again") from None
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise InputError(f'{path}: not by gdrt.py, since it has no "{key}"; give runs/NAME')
+    return value
 
 
 def load_run(folder, cache=None, data_dir=None, dataset=None):
@@ -2273,7 +2286,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
         if inside:
             advice = f"choose one of its losses: {', '.join(inside)}"
         raise InputError(f"{folder}: no model in it; {advice}")
-    config = read_json(folder.parent / "config.json")
+    config = read_json(folder.parent / "config.json", "arguments", "data")
     chosen = config["arguments"]
     place = dataset or chosen["dataset"]
     loaded = load_dataset(
@@ -2290,7 +2303,13 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
             f"{folder}: the data of --dataset {place} is not this run's, or has changed since; "
             "give the same data with --dataset"
         )
-    model, tokenizer = load_model(folder / "model")
+    try:
+        model, tokenizer = load_model(folder / "model")
+    except InputError as error:
+        reason = str(error).removeprefix("--model ").partition("; ")[0]
+        raise InputError(
+            f"{reason}; delete {folder}, and gdrt.py --resume trains it again"
+        ) from None
     prompts = make_prompts(loaded, tokenizer, positions(model))
     windows = loaded.train + loaded.valid + loaded.test
     prompts = fall_back_to_unpacked(model, prompts, windows)
@@ -2325,6 +2344,9 @@ def run_command(main):
     except OSError as error:
         place = error.filename or "writing"
         reason = f"{place}: {error.strerror or error}; name another place"
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
     else:
         return
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)

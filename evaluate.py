@@ -952,7 +952,7 @@ def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
     folder = Path(folder)
     config, dataset, model, _, prompts = load_run(folder, cache, data_dir, dataset)
     arguments = config["arguments"]
-    group = np.array(read_json(folder.parent / "groups.json")["group"])
+    group = np.array(read_json(folder.parent / "groups.json", "group")["group"])
     part = "valid" if arguments["no_test"] else "test"
     # Both parts at once, as after training: equal batches round equally, so the figures agree.
     parts = {"valid": dataset.valid} | ({} if arguments["no_test"] else {"test": dataset.test})
@@ -1085,9 +1085,11 @@ MEASURES = {  # of a line of predictions.jsonl
 def paired_intervals(lines, base):
     """What lines of predictions.jsonl have over those of `base` -> {measure: (value, low, high)}.
 
-    Both are of the same windows in one order; the 95% interval is over users.
+    The 95% interval is over users. InputError unless both are of the same windows in one order.
     """
     users = [line["user"] for line in base]
+    if [line["user"] for line in lines] != users:
+        raise InputError("predictions.jsonl: not of the windows of SFT's; train the run again")
     found = {}
     for name, measure in MEASURES.items():
         ours = np.array([list(map(measure, lines))])  # (1, n)
@@ -1460,7 +1462,7 @@ def losses_of(folder):
         )
     if (folder / "model").is_dir() or not (folder / "config.json").exists():
         return [folder]
-    losses = read_json(folder / "config.json")["arguments"]["loss"]
+    losses = read_json(folder / "config.json", "arguments", "data")["arguments"]["loss"]
     finished = [folder / loss for loss in losses if (folder / loss / "metrics.json").exists()]
     return finished or [folder]
 

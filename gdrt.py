@@ -208,6 +208,7 @@ from data import (
     load_dataset,
     make_prompts,
     positions,
+    prompts_digest,
     read_json,
     reason_of,
     save_model,
@@ -576,8 +577,7 @@ class Journal:
         self.checkpoint = folder and folder / "checkpoint.pt"
         if folder and self.checkpoint.exists():
             self.state, self.start = load_checkpoint(self.checkpoint, model, optimizer)
-            lines = map(json.loads, complete_lines(folder / "metrics.jsonl"))
-            self.lines = [line for line in lines if line["step"] < self.start]
+            self.lines = updates_before(self.start, folder / "metrics.jsonl")
         elif begin:
             _, self.start = load_checkpoint(begin, model, optimizer)
         if self.writes:
@@ -626,6 +626,11 @@ class Journal:
         ended = torch.tensor(float(len(self.pressed)), device=self.cfg.device)
         all_reduce(ended, self.cfg)
         due = ended > 0 or (step + 1) % self.cfg.save_every == 0 or step + 1 == self.stop
+        if due and not all(w.isfinite().all() for w in trained_weights(self.model).values()):
+            raise InputError(
+                f"update {step}: the weights are no longer finite; "
+                "the last checkpoint is kept; lower --lr and choose another --name"
+            )
         if self.writes and due:
             os.fsync(self.file.fileno())  # no line that the checkpoint counts on may be missing
             save_checkpoint(self.checkpoint, self.model, self.optimizer, self.state, step + 1)
@@ -704,6 +709,18 @@ def complete_lines(path):
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
+def updates_before(start, path):
+    """The lines of metrics.jsonl on the updates before number `start`, as dicts."""
+    try:
+        lines = [json.loads(line) for line in complete_lines(path)]
+        return [line for line in lines if line["step"] < start]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(
+            f"{path}: not as gdrt.py wrote it; delete it and the checkpoint.pt beside it, "
+            "and --resume repeats that part"
+        ) from None
+
+
 # ---------------------------------------------------------------- the ten steps of a run
 
 
@@ -717,19 +734,20 @@ def open_dataset(folder, args, cfg):
     domain = args.domain
     if args.resume and (folder / "config.json").exists():
         # The domain may have come from the name of the data's folder, which may have changed.
-        domain = domain or read_json(folder / "config.json").get("domain")
+        domain = domain or read_json(folder / "config.json", "arguments", "data").get("domain")
     options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
     dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=domain, **options)
     config = None
     if cfg.rank == 0:
-        config = open_run(folder, args, dataset)
+        config = open_run(folder, args, dataset, cfg)
         print_stats(dataset)
         barrier(cfg)
     return dataset, config
 
 
-def open_run(folder, args, dataset):
+def open_run(folder, args, dataset, cfg):
     """What config.json is to hold, if the run is new or, on --resume, the same as before."""
+    machine = {"device": cfg.device, "precision": cfg.precision}  # what auto stands for
     arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     for name in ("dataset", "model"):
         if Path(arguments[name]).is_dir():  # so that it is found from any working directory
@@ -741,13 +759,15 @@ def open_run(folder, args, dataset):
                 f"--resume: there is no run in {folder}; leave the flag out, "
                 "or name the run by --out and --name"
             )
+        if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+            raise InputError(f"{folder} holds files but no config.json; choose another --name")
         data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
-        return {"arguments": arguments, **data, **environment()}
+        return {"arguments": arguments, **data, **machine, **environment()}
     if not args.resume:
         raise InputError(
             f"{folder} holds a run: add --resume to go on with it, or choose another --name"
         )
-    before = read_json(path)
+    before = read_json(path, "arguments", "data")
     for name, value in arguments.items():
         old = before["arguments"].get(name)
         # Data and models may have moved: their content is compared, here and in write_config.
@@ -757,12 +777,18 @@ def open_run(folder, args, dataset):
                 f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
                 "give what it was, or another --name"
             )
+    for name, value in machine.items():
+        if before.get(name, value) != value:
+            raise InputError(
+                f"--resume: the {name} is {value} here and was {before[name]} in {path}; "
+                "go on where the run began, or choose another --name"
+            )
     if (dataset.digest, dataset.domain) != (before["data"], before["domain"]):
         raise InputError(
             f"--resume: the data of --dataset {args.dataset} has changed since {path}; "
             "bring it back, or choose another --name"
         )
-    for left in folder.rglob(".*.[0-9]*"):  # what a killed process had half written
+    for left in folder.rglob(".*.[0-9]*.part"):  # what a killed process had half written
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return before
 
@@ -870,13 +896,16 @@ def write_config(folder, config, setup, dataset, cfg):
     if cfg.rank > 0:
         return
     path = folder / "config.json"
-    digest = weights_digest(setup.model)
-    if config.setdefault("weights", digest) != digest:
-        raise InputError(
-            f"--resume: the weights that this run starts from have changed since {path}; "
-            "bring them back, or choose another --name"
-        )
+    if "weights" not in config and path.exists():  # since open_run looked
+        raise InputError(f"{folder} holds a run that has just begun; choose another --name")
     prompts = setup.prompts
+    digests = {"weights": weights_digest(setup.model), "prompts": prompts_digest(prompts)}
+    for name, digest in digests.items():
+        if config.setdefault(name, digest) != digest:
+            raise InputError(
+                f"--resume: the {name} that this run starts from have changed since {path}; "
+                "bring them back, or choose another --name"
+            )
     held_out = build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
     left = [tree.dropped for tree in setup.trees + held_out if tree.dropped]
     if left:
@@ -928,7 +957,7 @@ def form_groups(setup, args, cfg, path):
             "group": group.tolist(),
         }
         write_once(path, groups, cfg)
-    return read_json(path)
+    return read_json(path, "group", "seconds")
 
 
 def write_once(path, content, cfg):
@@ -1027,7 +1056,7 @@ def evaluate_once(setup, dataset, args, cfg, groups, folder):
     path = folder / "evaluation.json"
     if not path.exists():
         write_once(path, evaluate_and_audit(setup, dataset, args, cfg, groups, folder), cfg)
-    return read_json(path)
+    return read_json(path, "seconds")
 
 
 def evaluate_and_audit(setup, dataset, args, cfg, groups, folder):
@@ -1217,11 +1246,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def positive(kind):
+def positive(kind, infinite=False):
     def number(text):
         value = kind(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"{text} should be positive")
+        if value == math.inf and not infinite:
+            raise argparse.ArgumentTypeError(f"{text} should be finite")
         return value
 
     number.__name__ = kind.__name__  # argparse names the type in its message
@@ -1359,7 +1390,7 @@ def method_flags(add):
     )
     add(
         "--tau",
-        type=positive(float),
+        type=positive(float, infinite=True),
         default=4.0,
         help="temperature of GDRT: small follows the worst group; inf with --prior share is SFT",
     )
@@ -1474,6 +1505,7 @@ def main(argv=None):
         model = Path(args.model).resolve().name
         args.name = f"{dataset}-{model}-seed{args.seed}"
     try:
+        check_utf8(args)
         if args.name in (".", "..") or set(args.name) & set("/\\"):
             raise InputError(
                 f"--name {args.name}: give a folder name without slashes; --out says where it goes"
@@ -1484,10 +1516,10 @@ def main(argv=None):
     except InputError as error:
         complain(error)
     except OSError as error:
-        complain(
-            f"{error.filename or args.out}: {error.strerror or error}; "
-            "what was written before is whole: mend it and add --resume"
-        )
+        advice = "choose another --out or --name"
+        if has_begun(args):
+            advice = "what was written before is whole: mend it and add --resume"
+        complain(f"{error.filename or args.out}: {error.strerror or error}; {advice}")
     except torch.OutOfMemoryError:
         complain(
             "the device ran out of memory; raise --accumulate, which changes the result by "
@@ -1498,6 +1530,16 @@ def main(argv=None):
             command = resume_command(sys.argv[1:] if argv is None else argv, has_begun(args))
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
+
+
+def check_utf8(args):
+    """InputError if a flag holds bytes that are not UTF-8, which no JSON file could name."""
+    for name, value in vars(args).items():
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            flag = f"--{name.replace('_', '-')} {ascii(value)}"
+            raise InputError(f"{flag}: not UTF-8; rename the folder, or choose --name") from None
 
 
 def has_begun(args):

@@ -213,8 +213,8 @@ def write_report(folder, path=None):
     """Write a page on all finished losses of the run folder runs/NAME to `path` (default: its
     report.html) -> path. A part without its file is left out; no finished loss: InputError."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    groups = read_json(folder / "groups.json")
+    config = read_json(folder / "config.json", "arguments", "data")
+    groups = read_json(folder / "groups.json", "group", "cuts")
     named = {loss_name(loss): folder / loss for loss in config["arguments"]["loss"]}
     runs = {name: run for name, run in named.items() if (run / "metrics.json").exists()}
     if not runs:

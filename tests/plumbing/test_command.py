@@ -137,6 +137,20 @@ def test_attribution_takes_every_flag(small, runs, tmp_path, capsys):
     assert not unseen_flags(attribution.parser(), flags)
 
 
+@pytest.mark.parametrize("steps", ["0", "1000000"])
+def test_attribution_refuses_paths_of_too_many_points(runs, steps):
+    with pytest.raises(InputError, match=f"--steps {steps}: give a number from 1 to 4,096"):
+        attribution.main([str(runs["method"][1] / "gdrt"), "--steps", steps])
+
+
+def test_names_of_users_do_not_command_the_terminal(small):
+    dataset = load_dataset(small[1])
+    dataset.users[:] = [f"\x1b[31m{user}" for user in dataset.users]
+    with pytest.raises(InputError) as error:
+        attribution.choose_window(dataset, "nobody")
+    assert "[31m" in str(error.value) and "\x1b" not in str(error.value)
+
+
 def test_evaluate_takes_every_flag(runs, tmp_path, capsys):
     folder = runs["method"][1] / "gdrt"
     dataset = json.loads((folder.parent / "config.json").read_text())["arguments"]["dataset"]

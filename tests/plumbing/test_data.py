@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -442,6 +443,20 @@ def test_cache(server, small, tmp_path, capsys):
         load_dataset("ml-100k", cache=tmp_path / "file").digest == digest
     )  # a cache that cannot be written
     assert "going on without a cache" in capsys.readouterr().err
+
+
+def test_write_atomic_writes_through_links_and_into_files_alone(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_atomic(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in "pipe", "folder":
+        with pytest.raises(OSError, match="not a regular file") as error:
+            write_atomic(tmp_path / name, "new")
+        assert error.value.filename == str(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("fault", ["write", "fsync", "replace"])

@@ -428,6 +428,14 @@ def test_report_from_the_command(runs, tmp_path, capsys):
         (lambda run: (run / "groups.json").unlink(), "groups.json: No such file"),
         (lambda run: (run / "config.json").write_text("{}}"), "config.json: not whole JSON"),
         (
+            lambda run: (run / "config.json").write_text('{"model_type": "llama"}'),
+            'config.json: not by gdrt.py, since it has no "arguments"; give runs/NAME',
+        ),
+        (
+            lambda run: (run / "sft" / "model" / "model.safetensors").write_text("half"),
+            "and gdrt.py --resume trains it again",
+        ),
+        (
             lambda run: (run / "config.json").write_text(
                 (run / "config.json").read_text().replace('"data": "', '"data": "x')
             ),
@@ -441,6 +449,31 @@ def test_damaged_runs_are_refused(runs, tmp_path, harm, says):
     with pytest.raises(InputError) as error:
         evaluate.main([str(tmp_path / "run" / "sft")])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_runs_model_folder_is_no_run(runs):
+    """Its config.json is the model's."""
+    with pytest.raises(InputError, match="not by gdrt.py"):
+        evaluate.main([str(runs / "zero" / "sft" / "model")])
+
+
+def test_losses_of_other_windows_are_not_compared(runs, tmp_path):
+    shutil.copytree(runs / "zero", tmp_path / "run")
+    path = tmp_path / "run" / "gdrt" / "predictions.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(InputError, match="predictions.jsonl: not of the windows"):
+        evaluate.main([str(tmp_path / "run"), "--report", str(tmp_path / "page.html")])
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def test_unfinished_losses_are_left_out(runs, tmp_path, capsys):

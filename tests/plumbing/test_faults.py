@@ -63,10 +63,11 @@ def test_a_full_disk_costs_nothing_that_was_there(whole, tmp_path, fails, module
     flags, expected = whole
     flags = [*flags, "--out", str(tmp_path), "--name", "run"]
     # /dev/full takes no fsync either, which is all that an empty log asks of it.
-    sentence = "(No space left on device|Invalid argument); "
-    sentence += "what was written before is whole: mend it and add --resume"
+    advice = "what was written before is whole: mend it and add --resume"
+    if part == "config.json":  # the first file of a run
+        advice = "choose another --out or --name"
     with full_disk(module, part):
-        assert re.search(sentence, fails(flags))
+        assert re.search(f"(No space left on device|Invalid argument); {advice}", fails(flags))
     gdrt.main([*flags, *(["--resume"] if (tmp_path / "run" / "config.json").exists() else [])])
     assert contents(tmp_path / "run") == expected
 
@@ -181,6 +182,65 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
         assert f"{path}: not whole JSON" in fails([*flags, "--resume"])
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "groups.json", "before/evaluation.json", "gdrt/metrics.jsonl"]
+)
+def test_json_that_gdrt_did_not_write_is_named(whole, tmp_path, fails, name):
+    flags, _ = whole
+    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+    gdrt.main(flags)
+    (tmp_path / "run" / name).write_text("{}\n")
+    error = fails([*flags, "--resume"])
+    assert re.search(rf"run/{name}: not (by gdrt.py, since|as gdrt.py wrote it)", error)
+
+
+# ---------------------------------------------------------------- other people's files
+
+
+def test_a_folder_with_files_but_no_config_is_left_alone(whole, tmp_path, fails):
+    """Neither are its files lost nor is what lies there taken for a part of the new run."""
+    model = tmp_path / "run" / "gdrt" / "model"
+    model.mkdir(parents=True)
+    (model / "thesis.txt").write_text("precious")
+    error = fails([*whole[0], "--out", tmp_path, "--name", "run"])
+    assert "run holds files but no config.json; choose another --name" in error
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.txt"]
+
+
+def test_resume_removes_half_written_files_and_no_others(whole, tmp_path):
+    flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
+    gdrt.main(flags)
+    run = tmp_path / "run"
+    (run / ".notes.2024-01.md").write_text("mine")
+    (run / ".venv3.11").mkdir()
+    (run / ".config.json.123.part").write_text("{")
+    (run / "gdrt" / ".model.123.part").mkdir()
+    gdrt.main([*flags, "--resume"])
+    assert {path.name for path in run.rglob(".*")} == {".notes.2024-01.md", ".venv3.11"}
+
+
+def test_of_two_runs_that_start_in_one_folder_the_second_is_refused(
+    whole, tmp_path, fails, monkeypatch
+):
+    original = gdrt.prepare
+
+    def prepare(*args):
+        data.write_atomic(tmp_path / "run" / "config.json", "{}")  # the other was faster
+        return original(*args)
+
+    monkeypatch.setattr(gdrt, "prepare", prepare)
+    error = fails([*whole[0], "--out", tmp_path, "--name", "run"])
+    assert "holds a run that has just begun; choose another --name" in error
+    assert (tmp_path / "run" / "config.json").read_text() == "{}"
+
+
+def test_a_name_that_is_not_utf8_is_said_before_anything_is_trained(small, tmp_path, fails):
+    for flag in "--name", "--dataset":
+        error = fails([*small, "--out", tmp_path, flag, "caf\udce9"])
+        assert f"{flag} 'caf\\udce9': not UTF-8" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------- training that fails
 
 
@@ -211,6 +271,26 @@ def test_nan_stops_with_step_and_batch_and_keeps_the_last_checkpoint(
 def test_a_learning_rate_that_diverges_is_said(whole, tmp_path, fails):
     flags, _ = whole
     assert "lower --lr" in fails([*flags, "--out", tmp_path, "--lr", "1e30"])
+
+
+def test_weights_that_the_last_update_of_a_stage_wrecks_are_not_kept(
+    whole, tmp_path, fails, monkeypatch
+):
+    """No later loss would show it."""
+    original = gdrt.save_checkpoint
+    monkeypatch.setattr(gdrt, "save_checkpoint", lambda *args: saved.append(original(*args)))
+    saved = []
+    step = gdrt.training_step
+
+    def wreck(model, *args):
+        line = step(model, *args)
+        next(model.parameters()).data[0, 0] = float("inf")
+        return line
+
+    monkeypatch.setattr(gdrt, "training_step", wreck)
+    error = fails([*whole[0], "--out", tmp_path, "--save-every", "1"])
+    assert "update 0: the weights are no longer finite" in error and "lower --lr" in error
+    assert saved == []
 
 
 def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
@@ -292,6 +372,7 @@ BAD = [
     ("--warmup nan", "between 0 and 1"),
     ("--lr 0", "should be positive"),
     ("--lr -1", "should be positive"),
+    ("--lr inf", "should be finite"),
     ("--seed abc", "--seed"),
     ("--seed -1", "should lie between 0"),
     ("--eta nan", "should be positive"),
@@ -337,7 +418,8 @@ def test_bad_flags_end_in_one_sentence(small, tmp_path, fails, monkeypatch, flag
 
 def test_an_output_folder_that_cannot_be_made(small, tmp_path, fails):
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in fails([*small, "--out", tmp_path / "file" / "out"])
+    error = fails([*small, "--out", tmp_path / "file" / "out"])
+    assert "Not a directory; choose another --out" in error
 
 
 # ---------------------------------------------------------------- what the code never does

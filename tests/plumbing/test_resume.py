@@ -272,18 +272,20 @@ def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatc
     assert json.loads((folder / "config.json").read_text())["arguments"]["dataset"] == str(films)
 
 
-def test_changed_weights_of_the_start_are_refused(whole, fails):
+@pytest.mark.parametrize("name", ["weights", "prompts", "device", "precision"])
+def test_another_start_or_machine_is_refused(whole, fails, name):
+    """Of a model, its tokeniser, or what `auto` stands for; config.json shows the old one."""
     flags, folder, _ = whole
     path = folder / "config.json"
     text = path.read_text()
-    weights = json.loads(text)["weights"]
-    assert len(weights) == 64
+    assert name in json.loads(text)
     try:
-        path.write_text(text.replace(weights, "0" * 64))
+        path.write_text(json.dumps(json.loads(text) | {name: "other"}))
         error = fails([*flags, "--out", folder.parent, "--name", "run", "--resume"])
     finally:
         path.write_text(text)
-    assert "the weights that this run starts from have changed" in error
+    digests = f"the {name} that this run starts from have changed"
+    assert (digests if name in ("weights", "prompts") else f"the {name} is") in error
 
 
 def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, fails):
