@@ -747,12 +747,8 @@ def open_dataset(folder, args, cfg):
 
 def open_run(folder, args, dataset, cfg):
     """What config.json is to hold, if the run is new or, on --resume, the same as before."""
-    machine = {"device": cfg.device, "precision": cfg.precision}  # what auto stands for
-    arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    for name in ("dataset", "model"):
-        if Path(arguments[name]).is_dir():  # so that it is found from any working directory
-            arguments[name] = str(Path(arguments[name]).resolve())
     path = folder / "config.json"
+    now = new_config(args, dataset, cfg)
     if not path.exists():
         if args.resume:
             raise InputError(
@@ -761,14 +757,32 @@ def open_run(folder, args, dataset, cfg):
             )
         if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
             raise InputError(f"{folder} holds files but no config.json; choose another --name")
-        data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
-        return {"arguments": arguments, **data, **machine, **environment()}
+        return now
     if not args.resume:
         raise InputError(
             f"{folder} holds a run: add --resume to go on with it, or choose another --name"
         )
     before = read_json(path, "arguments", "data")
-    for name, value in arguments.items():
+    refuse_changes(before, now, path)
+    for left in folder.rglob(".*.[0-9]*.part"):  # what a killed process had half written
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    return before
+
+
+def new_config(args, dataset, cfg):
+    """What config.json of a new run holds; write_config adds the digests of where it starts."""
+    arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    for name in ("dataset", "model"):
+        if Path(arguments[name]).is_dir():  # so that it is found from any working directory
+            arguments[name] = str(Path(arguments[name]).resolve())
+    data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
+    auto = {"device": cfg.device, "precision": cfg.precision}  # what it stands for here
+    return {"arguments": arguments, **data, **auto, **environment()}
+
+
+def refuse_changes(before, now, path):
+    """InputError if a run that began with the config `before`, in `path`, would go on by `now`."""
+    for name, value in now["arguments"].items():
         old = before["arguments"].get(name)
         # Data and models may have moved: their content is compared, here and in write_config.
         moved = name in ("dataset", "model") and Path(value).is_dir()
@@ -777,20 +791,17 @@ def open_run(folder, args, dataset, cfg):
                 f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
                 "give what it was, or another --name"
             )
-    for name, value in machine.items():
-        if before.get(name, value) != value:
+    for name in ("device", "precision"):
+        if before.get(name, now[name]) != now[name]:
             raise InputError(
-                f"--resume: the {name} is {value} here and was {before[name]} in {path}; "
+                f"--resume: the {name} is {now[name]} here and was {before[name]} in {path}; "
                 "go on where the run began, or choose another --name"
             )
-    if (dataset.digest, dataset.domain) != (before["data"], before["domain"]):
+    if any(now[name] != before.get(name) for name in ("data", "domain")):
         raise InputError(
-            f"--resume: the data of --dataset {args.dataset} has changed since {path}; "
-            "bring it back, or choose another --name"
+            f"--resume: the data of --dataset {now['arguments']['dataset']} has changed since "
+            f"{path}; bring it back, or choose another --name"
         )
-    for left in folder.rglob(".*.[0-9]*.part"):  # what a killed process had half written
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return before
 
 
 class Setup(NamedTuple):
