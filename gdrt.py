@@ -1327,7 +1327,8 @@ def data_flags(add):
         choices=("leave-one-out", "time"),
         default="leave-one-out",
         help="leave-one-out: a user's last positive is for testing, the one before for validation; "
-        "time: 8:1:1 by time over all users",
+        "time: 8:1:1 by time over all users. A folder with CSV of whole windows has its own split, "
+        "which --history and --min-rating do not change either",
     )
     add(
         "--history",
@@ -1411,7 +1412,7 @@ def method_flags(add):
         default="uniform",
         help="what GDRT's q is pulled to: 1/K each, or the groups' token shares",
     )
-    add("--eta", type=positive(float), default=0.01, help="step size of group-dro")
+    add("--eta", type=positive(float), default=0.01, help="step size of --loss group-dro")
     add(
         "--warmup",
         type=fraction,
@@ -1425,7 +1426,7 @@ def method_flags(add):
         default="full",
         help="trie: the loss normalises over legal continuations only (MSL)",
     )
-    add("--temperature", type=positive(float), default=1.0, help="of the trie softmax in training")
+    add("--temperature", type=positive(float), default=1.0, help="of --train-softmax trie")
 
 
 def training_flags(add):
