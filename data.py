@@ -322,7 +322,8 @@ FORMATS = {  # name -> separator, fields; None: the file's first line names them
     "ratings.csv": (",", None),
     "movies.csv": (",", None),
 }
-ALIASES = {"userId": "user_id", "movieId": "item_id"}  # of ml-latest and ml-25m
+# The names in ml-latest and ml-25m, and what MSL calls a list of times.
+ALIASES = {"userId": "user_id", "movieId": "item_id", "timestamps": "timestamp"}
 TITLE_FIELDS = {  # in order of preference -> the domain that the name implies
     "movie_title": "movies",
     "movie_name": "movies",
@@ -357,9 +358,16 @@ QUOTED_CELL = re.compile(r'(?:^|\t)"([^"\t\n]*)"(?=\t|\r?$)', re.M)
 TEXT_OR_NULL = re.compile(r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")|\b(?:nan|NaN|null)\b""", re.S)
 
 
+def file_format(name):
+    """(separator, fields or None) of a file: as in FORMATS, else by the ending of its name."""
+    return FORMATS.get(name, ("," if name.endswith(".csv") else "\t", None))
+
+
 def decode(data):
     """Decode a file's bytes as UTF-8, and any byte that is not valid UTF-8 as cp1252."""
     text = data.decode("utf-8-sig", "surrogateescape")  # an invalid byte becomes a lone surrogate
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # the line ends of old Macs
 
     def from_cp1252(match):
         return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
@@ -415,7 +423,7 @@ def split_lines(data, name, quiet=False):
     hold separators and newlines, and its own quotes are doubled. If some quote does not close,
     each line is read on its own, see `split_line`, with one notice unless `quiet`.
     """
-    separator, fields = FORMATS.get(name, ("\t", None))
+    separator, fields = file_format(name)
     text = decode(data)
     if fields is None and '"' in text:
         csv.field_size_limit(LARGEST)
@@ -436,33 +444,53 @@ def split_lines(data, name, quiet=False):
 
 
 def field_name(text):
-    """A header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'."""
-    name = text.strip().split(":")[0]
+    """A header's 'movieId' or RecBole's 'item_id:token' -> 'item_id'; 'Unnamed: 0' stays."""
+    name = re.sub(r":\w*$", "", text.strip())
     return ALIASES.get(name, name)
 
 
-def records(data, name, needed):
-    """Yield (place, {field: text}) for each record of a GroupLens or RecBole file."""
-    _, fields = FORMATS.get(name, ("\t", None))
+def check_header(fields, needed, place):
+    """InputError unless a header names the needed fields, and none of its fields twice."""
+    if not set(needed) <= set(fields):
+        raise InputError(
+            f"{place}: should name the fields {', '.join(needed)}, but names "
+            f"{normalize_text(', '.join(fields))[:200]}"
+        )
+    several = [field for field in fields if field and fields.count(field) > 1]
+    if several:
+        raise InputError(f"{place}: several fields mean {several[0][:40]!r}; keep one of them")
+
+
+def records(data, name, needed, may_be_empty=()):
+    """Yield (place, {field: text}) for each record of a file.
+
+    needed: fields that the file must have and every record must fill, except may_be_empty.
+    """
+    _, fields = file_format(name)
+    filled = [field for field in needed if field not in may_be_empty]
+    record = None
     for place, values in split_lines(data, name):
         if fields is None:
             fields = [field_name(value) for value in values]
-            if not set(needed) <= set(fields):
-                raise InputError(
-                    f"{place}: should name the fields {', '.join(needed)}, but names "
-                    f"{normalize_text(', '.join(fields))[:200]}"
-                )
+            check_header(fields, needed, place)
         elif len(values) == len(fields):
-            yield place, dict(zip(fields, values))
+            record = dict(zip(fields, values))
+            empty = [field for field in filled if not record[field].strip()]
+            if empty:
+                raise InputError(f"{place}: {empty[0]} is empty; fill it in or remove the line")
+            yield place, record
         elif values not in ([], [""]):
             raise InputError(
-                f"{place}: {len(values)} fields instead of {len(fields)}; fetch the file again"
+                f"{place}: {len(values)} fields instead of {len(fields)}; mend the line "
+                "or fetch the file again"
             )
+    if record is None:
+        raise InputError(f"{name}: holds no rows; fetch the file again")
 
 
 def field_types(data, name):
     """{field: its RecBole type, or '' if it has none} of a file."""
-    _, fields = FORMATS.get(name, ("\t", None))
+    _, fields = file_format(name)
     if fields is not None:
         return dict.fromkeys(fields, "")
     _, header = next(split_lines(data, name, quiet=True))
@@ -553,16 +581,37 @@ def find_title(row):
     return title if re.search(year_in_title, title) else f"{title} ({year})"
 
 
+def add_titles(titles, pairs, place):
+    """Add pairs (item id, title) to a dict. A missing title does not overwrite a known one.
+
+    InputError if an item has two titles. place: file, and line if known, for the message.
+    """
+    for item_id, title in pairs:
+        known = titles.setdefault(item_id, title)
+        if title == known:
+            continue
+        if not clean_title(known):
+            titles[item_id] = title
+        elif clean_title(title) not in ("", clean_title(known)):
+            raise InputError(
+                f"{place}: item {item_id[:40]!r} is called {title[:60]!r}, but {known[:60]!r} "
+                "before; keep one of the titles"
+            )
+
+
 def parse_items(data, name):
     """u.item, movies.dat, movies.csv or .item -> (titles, genres), dicts by id."""
     types = field_types(data, name)
-    rows = [row for _, row in records(data, name, ("item_id",))]
+    rows = []
+    titles = {}
+    for place, row in records(data, name, ("item_id",)):
+        rows.append(row)
+        add_titles(titles, [(row["item_id"], find_title(row))], place)
     if not set(types) & set(TITLE_FIELDS):
         raise InputError(
             f"{name}: none of its fields {normalize_text(', '.join(types))[:200]} is known to "
             "hold titles; rename the one that does to title"
         )
-    titles = {row["item_id"]: find_title(row) for row in rows}
     genre_field = next((field for field in GENRE_FIELDS if field in types), None)
     if genre_field is None:
         genres = {}
@@ -572,8 +621,9 @@ def parse_items(data, name):
     # A tab-separated file that quotes single cells, not its header, means "Paper, Pens" as one
     # genre. csv has removed these quotes, so they are looked up in the raw text.
     whole = frozenset()
-    if name not in FORMATS and b'"' not in data.split(b"\n", 1)[0]:
-        whole = frozenset(QUOTED_CELL.findall(decode(data)))
+    text = decode(data)
+    if name not in FORMATS and '"' not in text.split("\n", 1)[0]:
+        whole = frozenset(QUOTED_CELL.findall(text))
     genres = split_genres([row[genre_field] for row in rows], types[genre_field], whole)
     return titles, {row["item_id"]: of_row for row, of_row in zip(rows, genres)}
 
@@ -595,18 +645,20 @@ def find_domain(data, name, genres):
 def parse_names(data, name):
     """id2name4Rec.json -> {item id: title}, '' for null."""
     try:
-        names = json.loads(decode(data))
+        pairs = json.loads(decode(data), object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not whole JSON ({error}); fetch the file again") from None
-    if not isinstance(names, dict):
+    if not isinstance(pairs, tuple):
         raise InputError(f"{name}: should be one JSON object of item ids and titles")
-    for item_id, title in names.items():
+    names = {}
+    for item_id, title in pairs:
         if title is not None and not isinstance(title, (str, int, float)):
             raise InputError(
                 f"{name}: the title of item {item_id[:40]!r} is {str(title)[:40]!r}; "
                 "give a text or null"
             )
-    return {item_id: "" if title is None else str(title) for item_id, title in names.items()}
+        add_titles(names, [(item_id, "" if title is None else str(title))], name)
+    return names
 
 
 def last_number(text, place):
@@ -614,31 +666,16 @@ def last_number(text, place):
     return number(text.strip().strip("[]").split(",")[-1].strip(" '\""), place)
 
 
-def csv_rows(data, name):
-    """Yield (place, {field: text}) for each record of a CSV file with a header."""
-    csv.field_size_limit(LARGEST)
-    reader = csv.DictReader(io.StringIO(decode(data), newline=""))
-    try:
-        for row in reader:
-            yield f"{name}:{reader.line_num}", row
-    except csv.Error as error:
-        place = f"{name}:{reader.line_num}"
-        raise InputError(f"{place}: not CSV ({error}); fetch the file again") from None
-
-
 def parse_windows(data, name):
     """train.csv or test.csv -> [(seconds, user id, [item ids, the target last])]."""
     windows = []
-    for place, row in csv_rows(data, name):
-        timestamp = row.get("timestamp") or row.get("timestamps")
-        if not (row.get("user_id") and row.get("item_ids") and timestamp):
-            raise InputError(f"{place}: user_id, item_ids or timestamp is missing")
+    for place, row in records(data, name, ("user_id", "item_ids", "timestamp")):
         if not re.fullmatch(r"\[ *\d+( *, *\d+)+ *\]", row["item_ids"]):
             raise InputError(
                 f"{place}: item_ids should be a list of two ids or more, such as [3, 14, 15]"
             )
         ids = re.findall(r"\d+", row["item_ids"])
-        windows.append((last_number(timestamp, place), row["user_id"], ids))
+        windows.append((last_number(row["timestamp"], place), row["user_id"], ids))
     return windows
 
 
@@ -655,15 +692,6 @@ def read_list(text, place, field):
     return ["" if value is None else str(value) for value in values]
 
 
-def known_titles(titles, names):
-    """The part of `titles` to add to `names`: a missing title must not overwrite a known one."""
-    found = {}
-    for item_id, title in titles.items():
-        if item_id not in EMPTY and (title not in EMPTY or item_id not in names):
-            found[item_id] = title
-    return found
-
-
 def parse_histories(data, name):
     """The CSV of D3 and MiniOneRec -> (windows as from `parse_windows`, {item id: title}).
 
@@ -673,21 +701,23 @@ def parse_histories(data, name):
     """
     windows = []
     names = {}
-    for place, row in csv_rows(data, name):
-        fields = ("user_id", "history_item_title", "item_title")
-        missing = [field for field in fields if row.get(field) is None]
-        if missing:
-            raise InputError(f"{place}: {', '.join(missing)} is missing")
+    fields = field_types(data, name)
+    with_ids = {"history_item_id", "item_id"} <= set(fields)
+    needed = ["user_id", "history_item_title", "item_title"]
+    needed += ["history_item_id", "item_id"] if with_ids else []
+    needed += ["timestamp"] if "timestamp" in fields else []
+    for place, row in records(data, name, needed, may_be_empty=("item_title",)):
         titles = read_list(row["history_item_title"], place, "history_item_title")
         titles.append(row["item_title"])
         ids = titles
-        if row.get("history_item_id") and row.get("item_id"):
+        if with_ids:
             ids = read_list(row["history_item_id"], place, "history_item_id") + [row["item_id"]]
         if len(ids) != len(titles):
             raise InputError(f"{place}: {len(ids)} ids for {len(titles)} titles")
-        names |= known_titles(dict(zip(ids, titles)), names)
+        pairs = [(item_id, title) for item_id, title in zip(ids, titles) if item_id not in EMPTY]
+        add_titles(names, pairs, place)
         timestamp = float(len(windows))
-        if row.get("timestamp"):
+        if "timestamp" in row:
             timestamp = last_number(row["timestamp"], place)
         history = [item_id for item_id in ids[:-1] if item_id not in EMPTY]
         if history and ids[-1] not in EMPTY:
@@ -703,8 +733,6 @@ def parse_sessions(data, name):
     windows = []
     for place, row in records(data, name, ("user_id", "item_id_list", "item_id")):
         ids = row["item_id_list"].split() + [row["item_id"]]
-        if len(ids) < 2:
-            raise InputError(f"{place}: item_id_list should hold one id or more")
         rating, label = preference_fields(row)
         if rating is None and read_rating(row, place, (None, label)) < 0:
             continue
@@ -734,6 +762,12 @@ SILENCE = 20  # seconds that a source may pause
 DEADLINE = 180  # seconds that a download may take
 SPLITS = "train", "valid", "test"
 NAMES_FILE = "id2name4Rec.json"  # titles beside the CSV of MSL, BEAR and BIGRec
+# GroupLens' ratings -> the items beside them.
+GROUPLENS_FILES = {
+    "u.data": "u.item",
+    "ratings.dat": "movies.dat",
+    "ratings.csv": "movies.csv",
+}
 
 
 def read_files(source, names):
@@ -754,22 +788,16 @@ def read_files(source, names):
 
 def read_table(source, stem):
     """Table from a folder or zip with GroupLens' files or RecBole's STEM.inter and STEM.item."""
-    pairs = [
-        ("u.data", "u.item"),
-        ("ratings.dat", "movies.dat"),
-        ("ratings.csv", "movies.csv"),
-        (f"{stem}.inter", f"{stem}.item"),
-    ]
-    names = [ratings for ratings, _ in pairs] + [items for _, items in pairs]
-    files = read_files(source, names)
-    for ratings, items in pairs:
+    pairs = GROUPLENS_FILES | {f"{stem}.inter": f"{stem}.item"}
+    files = read_files(source, [*pairs, *pairs.values()])
+    for ratings, items in pairs.items():
         if ratings in files and items in files:
             titles, genres = parse_items(files[items], items)
             rows = parse_ratings(files[ratings], ratings)
             fields = ", ".join(field_types(files[items], items))
             check_titles({row[1] for row in rows}, titles, f"{items} has the fields {fields}")
             return Table(titles, genres, rows, find_domain(files[items], items, genres))
-    wanted = " and no ".join(f"{ratings} with {items}" for ratings, items in pairs)
+    wanted = " and no ".join(f"{ratings} with {items}" for ratings, items in pairs.items())
     raise InputError(f"holds no {wanted}")
 
 
@@ -1108,10 +1136,9 @@ def from_csv(folder, domain=None):
     names = {}
     for part, path in paths.items():
         data = path.read_bytes()
-        header = data.split(b"\n", 1)[0]
-        if b"history_item_title" in header:
+        if "history_item_title" in field_types(data, path.name):
             rows[part], titles = parse_histories(data, path.name)
-            names |= known_titles(titles, names)
+            add_titles(names, titles.items(), path.name)
         else:
             rows[part] = parse_windows(data, path.name)
     source = f"item_title in {paths['train'].name}"
@@ -1124,24 +1151,33 @@ def from_csv(folder, domain=None):
     return from_windows(folder.name, domain, rows, names, source)
 
 
+def find_visible(folder, *patterns):
+    """Paths of the files that fit one of the patterns, without hidden ones such as ._x.inter."""
+    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [path for path in paths if path.is_file() and not path.name.startswith(".")]
+
+
+def check_single(folder, paths, kind):
+    """InputError if there is more than one path. kind: of what, in the plural."""
+    if len(paths) > 1:
+        several = " and ".join(path.relative_to(folder).as_posix() for path in paths)
+        raise InputError(f"{several} are several {kind}; keep one of them")
+
+
 def find_csv(folder):
     """{part: path} of train.csv or of the only CSV in the folder train, and so on, if they exist.
 
     val and validation are other names for valid.
     """
     found = {}
-    for name in (*SPLITS, "val", "validation"):
-        part = "valid" if name.startswith("val") else name
-        if part in found:
-            continue
-        inside = sorted((folder / name).glob("*.csv"))
-        if (folder / f"{name}.csv").is_file():
-            found[part] = folder / f"{name}.csv"
-        elif len(inside) == 1:
-            found[part] = inside[0]
-        elif inside:
-            several = " and ".join(f"{name}/{path.name}" for path in inside)
-            raise InputError(f"{several} are several files for {part}; keep one of them")
+    for part in SPLITS:
+        patterns = []
+        for name in ("valid", "val", "validation") if part == "valid" else (part,):
+            patterns += [f"{name}.csv", f"{name}/*.csv"]
+        paths = find_visible(folder, *patterns)
+        check_single(folder, paths, f"files for {part}")
+        if paths:
+            found[part] = paths[0]
     return found
 
 
@@ -1282,15 +1318,21 @@ def load_dataset(
 
 def load_folder(folder, split, history, min_rating, seed, domain):
     """Dataset from a folder, in the format that the names of its files imply."""
-    if find_csv(folder) or (folder / NAMES_FILE).is_file():
+    parts = find_csv(folder)
+    recbole = {}  # (stem, is it whole rather than split) -> the first of its files
+    for path in find_visible(folder, "*.inter"):
+        stem = re.sub(r"\.(train|valid|test)$", "", path.stem)
+        recbole.setdefault((stem, stem == path.stem), path)
+    grouplens = find_visible(folder, *GROUPLENS_FILES)
+    check_single(folder, [*parts.values()][:1] + grouplens + [*recbole.values()], "data sets")
+    if parts or (folder / NAMES_FILE).is_file():
         return from_csv(folder, domain)
-    stem = min((path.stem for path in folder.glob("*.inter")), default=folder.name)
-    whole = re.sub(r"\.(train|valid|test)$", "", stem)
-    if whole != stem and not (folder / f"{whole}.inter").is_file():
-        return from_recbole_splits(folder, whole, history, min_rating, seed, domain)
-    table = read_table(folder, whole)
-    domain = domain or table.domain or domain_of(f"{folder.name} {whole}")
-    return from_table(whole, table._replace(domain=domain), split, history, min_rating, seed)
+    stem, whole = next(iter(recbole), (folder.name, True))
+    if not whole:
+        return from_recbole_splits(folder, stem, history, min_rating, seed, domain)
+    table = read_table(folder, stem)
+    domain = domain or table.domain or domain_of(f"{folder.name} {stem}")
+    return from_table(stem, table._replace(domain=domain), split, history, min_rating, seed)
 
 
 # ------------------------------------------------ tokeniser and trie

@@ -535,7 +535,8 @@ def test_errors_name_file_and_line():
         (parse_ratings, "x.inter", b"user_id:token\titem_id:token\n", "x.inter:1.*timestamp"),
         (parse_items, "x.item", b"item_id:token\ttitle:token\n1\ta\tb", "x.item:2"),
         (parse_windows, "train.csv", b"user_id,item_ids,timestamp\n1,[2],3", "train.csv:2"),
-        (parse_windows, "train.csv", b"user_id,timestamp\n1,3", "train.csv:2"),
+        (parse_windows, "train.csv", b"user_id,timestamp\n1,3", "train.csv:1.*item_ids"),
+        (parse_names, "id2name4Rec.json", b'{"1": "a", "1": "b"}', "item '1' is called 'b'"),
         (parse_names, "id2name4Rec.json", b'{"1": ', "not whole JSON"),
     ]:
         with pytest.raises(InputError, match=place):

@@ -451,6 +451,120 @@ def test_a_null_title_overwrites_none(tmp_path):
     assert dataset.test[0].items == (0, 1, 2)
 
 
+# ------------------------------------------------ what is refused rather than guessed
+
+D3 = "user_id,history_item_title,item_title"
+D3_IDS = D3 + ",history_item_id,item_id"
+
+
+@pytest.mark.parametrize(
+    "header, line, message",
+    [
+        (D3, """u,"['Pen', 'Ink']",Hammer, the red one""", "train.csv:3: 4 fields instead of 3"),
+        (D3, """u,"['Pen', 'Ink']",\"3.5 inch disk""", "train.csv:3: 4 fields instead of 3"),
+        (D3, """u,"['Pen', 'Ink']\"""", "train.csv:3: 2 fields instead of 3"),
+        (D3_IDS, """u,"['Pen', 'Ink']",Cap""", "train.csv:3: 3 fields instead of 5"),
+        (D3_IDS, """u,"['Pen', 'Ink']",Cap,,3""", "train.csv:3: history_item_id is empty"),
+        (D3_IDS, """u,"['Pen', 'Ink']",Cap,"[1, 2]",""", "train.csv:3: item_id is empty"),
+        (D3_IDS, """u,"['Pen', 'Ink']",Hat,"[1, 2]",3""", "train.csv:3: item '3' is called 'Hat'"),
+        (D3_IDS, ""","['Pen', 'Ink']",Cap,"[1, 2]",3""", "train.csv:3: user_id is empty"),
+        (D3 + ",timestamp", """u,"['Pen', 'Ink']",Cap,""", "train.csv:3: timestamp is empty"),
+        (D3 + ",item_title", """u,"['Pen', 'Ink']",Cap,Hat""", "train.csv:1: .* 'item_title'"),
+    ],
+)
+def test_a_line_of_a_csv_that_does_not_fit_is_named(header, line, message):
+    ends = {D3_IDS: """,\"[1, 2]\",3""", D3: ""}
+    whole = """u,"['Pen', 'Ink']",Cap""" + ends.get(header, ",7")
+    text = "\n".join([header, whole, line, whole]) + "\n"
+    with pytest.raises(InputError, match=message):
+        data.parse_histories(text.encode(), "train.csv")
+
+
+def test_two_csv_that_disagree_on_a_title(tmp_path):
+    for part, title in (("train", "Cap"), ("test", "Hat")):
+        line = f"""u,"['Pen', 'Ink']",{title},"[1, 2]",3\n"""
+        (tmp_path / f"{part}.csv").write_text(f"{D3_IDS}\n{line * 20}")
+    with pytest.raises(InputError, match="test.csv: item '3' is called 'Hat', but 'Cap' before"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("field", ["user_id:token", "user_id", "userId"])
+def test_a_field_named_twice_is_refused(field):
+    header, *lines = interactions().splitlines()
+    text = "\n".join([f"{header}\t{field}", *(f"{line}\tsame" for line in lines)])
+    with pytest.raises(InputError, match="x.inter:1: several fields mean 'user_id'; keep one"):
+        parse_ratings(text.encode(), "x.inter")
+
+
+def test_fields_without_a_name_are_not_the_same_field():
+    """pandas writes an index without a name, and reads it as Unnamed."""
+    text = 'Unnamed: 0.1,Unnamed: 0,,,user_id,item_ids,timestamp\n0,0,0,0,u,"[1, 2]",5\n'
+    assert data.parse_windows(text.encode(), "train.csv") == [(5.0, "u", ["1", "2"])]
+
+
+def test_an_item_has_one_title():
+    text = "item_id:token\ttitle:token\n1\tnan\n1\tPen &amp; Ink\n1\tPen  & Ink\n1\t\n"
+    assert titles_of(text) == ["Pen &amp; Ink"]
+    with pytest.raises(InputError, match="x.item:6: item '1' is called 'Cap', but 'Pen &amp; Ink'"):
+        titles_of(text + "1\tCap\n")
+
+
+@pytest.mark.parametrize(
+    "beside, message",
+    [
+        (["y.inter"], "x.inter and y.inter are several data sets; keep one of them"),
+        (["x.train.inter", "x.test.inter"], "x.inter and x.test.inter are several data sets"),
+        (["u.data"], "u.data and x.inter are several data sets"),
+        (["ratings.csv", "movies.csv"], "ratings.csv and x.inter are several data sets"),
+        (["train.csv", "test.csv"], "train.csv and x.inter are several data sets"),
+        (["train.csv", "train/a.csv"], "train.csv and train/a.csv are several files for train"),
+        (["val.csv", "valid.csv"], "valid.csv and val.csv are several files for valid"),
+    ],
+)
+def test_of_several_data_sets_none_is_chosen(beside, message, tmp_path):
+    rows = [f"{i}\tThing {i}" for i in range(ITEMS)]
+    folder = recbole(tmp_path, item_file("item_id:token\ttitle:token", rows), name="x")
+    right = load_dataset(folder).digest
+    # Neither hidden files nor the other files of a data set count.
+    (tmp_path / "train").mkdir()
+    for name in ("._x.inter", ".y.train.inter", "train/._a.csv", "x.user", "x.kg", "u1.base"):
+        (tmp_path / name).write_text("")
+    assert load_dataset(folder).digest == right
+    for name in beside:
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=message):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("field", ["user_id", "item_id"])
+def test_a_rating_without_an_id_is_refused(field):
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    row = {"user_id": "None", "item_id": "nan"}
+    text = "{user_id}\t{item_id}\t5\t1\n"
+    whole = header + text.format(**row)
+    assert parse_ratings(whole.encode(), "x.inter") == [("None", "nan", 5.0, 1.0)]
+    with pytest.raises(InputError, match=f"x.inter:3: {field} is empty"):
+        parse_ratings((whole + text.format(**row | {field: " "})).encode(), "x.inter")
+
+
+def test_a_file_without_rows_is_named(tmp_path):
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    rows = [f"{i}\tThing {i}" for i in range(ITEMS)]
+    items = item_file("item_id:token\ttitle:token", rows)
+    with pytest.raises(InputError, match="some.inter: holds no rows"):
+        load_dataset(recbole(tmp_path / "a", items, inter=header))
+    folder = msl(tmp_path / "b")
+    (tmp_path / "b" / "test.csv").write_text("user_id,item_ids,timestamp\n")
+    with pytest.raises(InputError, match="test.csv: holds no rows"):
+        load_dataset(folder)
+
+
+def test_line_ends_of_old_macs():
+    text = interactions()
+    old = text.replace("\n", "\r").encode()
+    assert parse_ratings(old, "x.inter") == parse_ratings(text.encode(), "x.inter")
+
+
 # ------------------------------------------------ domain and names
 
 
