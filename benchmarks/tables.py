@@ -446,12 +446,12 @@ def diagnosis_table(results, lines):
             rows = setups.setdefault(setup, {"sft": {}, "gdrt": {}})
             rows[a["loss"]][a["seed"]] = line
     body = []
-    for (dataset, windows, epochs, *_), rows in sorted(setups.items()):
+    for (dataset, windows, epochs, lr, _), rows in sorted(setups.items()):
         row, sft = rows["gdrt"], rows["sft"]
         seeds = set(row) & set(sft)
         if not seeds:
             continue
-        cells = [dataset, value_text(windows), str(epochs), str(len(seeds))]
+        cells = [dataset, value_text(windows), str(epochs), f"{lr:g}", str(len(seeds))]
         for name, form in {"user information": "{:.3f}", "language share": "{:.0%}"}.items():
             cells.append(form.format(np.mean([row[seed]["diagnosis"][name] for seed in seeds])))
         relative, _ = by_window(results, row, sft, "NDCG@10")
@@ -461,7 +461,7 @@ def diagnosis_table(results, lines):
             _, nats = by_window(results, row, sft, "legal NLL", seen_target)
             cells.append(span(nats, bold=bold))
         body.append(cells)
-    header = ["data", "windows", "epochs", "seeds", "user information", "language share"]
+    header = ["data", "windows", "epochs", "lr", "seeds", "user information", "language share"]
     header += ["NDCG@10 to SFT, %", "title NLL to SFT, nats", "of targets seen in training"]
     return markdown(header, body)
 

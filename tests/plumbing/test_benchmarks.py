@@ -725,7 +725,7 @@ def test_diagnosis_stands_beside_the_gain_and_epochs_are_drawn(tmp_path, capsys)
     tables.main(["diagnosis", "--results", str(tmp_path), "--figures"])
     shown = capsys.readouterr().out.strip().splitlines()[-2:]
     tiny, larger = (row.strip("| ").split(" | ") for row in shown)
-    assert tiny[:6] == ["toy", "all", "2", "2", "0.050", "85%"]
-    assert tiny[6].startswith("**+50 ")
-    assert larger[0] == "toy, smollm2, all weights" and larger[6].startswith("**+100 ")
+    assert tiny[:7] == ["toy", "all", "2", "1", "2", "0.050", "85%"]
+    assert tiny[7].startswith("**+50 ")
+    assert larger[0] == "toy, smollm2, all weights" and larger[7].startswith("**+100 ")
     assert "<svg" in (tmp_path / "figures" / "epochs.svg").read_text()

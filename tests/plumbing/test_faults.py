@@ -180,18 +180,16 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
         assert json.loads(path.read_text())["test"]
     else:
         assert f"{path}: not whole JSON" in fails([*flags, "--resume"])
+        path.write_text("{}")
+        assert f"{path}: not by gdrt.py" in fails([*flags, "--resume"])
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "groups.json", "before/evaluation.json", "gdrt/metrics.jsonl"]
-)
-def test_json_that_gdrt_did_not_write_is_named(whole, tmp_path, fails, name):
-    flags, _ = whole
-    flags = [*flags, "--out", str(tmp_path), "--name", "run"]
+def test_a_damaged_log_of_updates_is_named(whole, tmp_path, fails):
+    flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
     gdrt.main(flags)
-    (tmp_path / "run" / name).write_text("{}\n")
-    error = fails([*flags, "--resume"])
-    assert re.search(rf"run/{name}: not (by gdrt.py, since|as gdrt.py wrote it)", error)
+    for text in "{}\n", "garbage\n":
+        (tmp_path / "run" / "gdrt" / "metrics.jsonl").write_text(text)
+        assert "metrics.jsonl: not as gdrt.py wrote it" in fails([*flags, "--resume"])
 
 
 # ---------------------------------------------------------------- other people's files
