@@ -2381,8 +2381,12 @@ def run_command(main):
     forgive_stdout()
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         reason = str(error)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return
     except OSError as error:
         place = error.filename or "writing"
         reason = f"{place}: {error.strerror or error}; name another place"

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
+    ROOT,
     continuations,
     prompt_of,
     random_prompts,
@@ -464,6 +466,14 @@ def test_losses_of_other_windows_are_not_compared(runs, tmp_path):
     with pytest.raises(InputError, match="predictions.jsonl: not of the windows"):
         evaluate.main([str(tmp_path / "run"), "--report", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault():
+    """As in `evaluate.py RUN | head`, whose end of the pipe is closed early."""
+    code = "import data; data.run_command(lambda: print('x' * 10**6))"
+    shell = f'{sys.executable} -c "{code}" | true'
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_ends_without_a_traceback(capsys):
