@@ -244,6 +244,16 @@ def label_log_prob(logits, label, legal=None):
     return log_softmax_over(logits, owner, token)[chosen]
 
 
+def both_log_probs(logits, batch, trie):
+    """log p of a batch's targets from logits (N, V), in nats -> (legal, full), numpy (N,), float64.
+
+    legal: over the continuations that some title has; full: over the vocabulary.
+    """
+    legal = label_log_prob(logits, batch.label, legal_tokens(batch, trie))
+    full = label_log_prob(logits, batch.label)
+    return legal.cpu().double().numpy(), full.cpu().double().numpy()
+
+
 def log_prob_derivative(logits, tangent, label, legal=None):
     """d log p (N,) of labels for logits (N, V) moving along tangent (N, V).
 
@@ -325,10 +335,7 @@ def log_probs_of(model, prompts, trees, device="cpu"):
     """[log p over legal continuations, over the vocabulary, item, place, window], each (N,)."""
 
     def measure(batch):
-        logits = target_logits(model, batch)  # (N, V)
-        legal = label_log_prob(logits, batch.label, legal_tokens(batch, prompts.trie))
-        full = label_log_prob(logits, batch.label)
-        return legal.cpu().double(), full.cpu().double()
+        return both_log_probs(target_logits(model, batch), batch, prompts.trie)
 
     return of_all_targets(measure, model, trees, device)
 
@@ -442,7 +449,7 @@ def without_user(batch):
     lowest = torch.finfo(torch.float32).min
     mask = batch.mask
     if mask is None:
-        mask = torch.full_like(itself, lowest, dtype=torch.float32).triu(1)[None, None]
+        mask = additive_mask(torch.ones_like(itself).tril()[None, None])
     gone = (mask[:, 0] == 0) & hidden[:, None] & ~itself  # (B, T, T) user tokens that a token saw
     return batch._replace(
         mask=torch.where(gone[:, None], lowest, mask),

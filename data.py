@@ -493,7 +493,7 @@ def field_types(data, name):
     _, fields = file_format(name)
     if fields is not None:
         return dict.fromkeys(fields, "")
-    _, header = next(split_lines(data, name, quiet=True))
+    _, header = next(split_lines(data.split(b"\n", 1)[0], name, quiet=True))
     return {field_name(value): value.strip().partition(":")[2] for value in header}
 
 
@@ -2316,6 +2316,11 @@ def read_json(path, *keys):
     return value
 
 
+def read_config(folder):
+    """config.json of a run's folder, runs/NAME; InputError unless gdrt.py wrote it."""
+    return read_json(Path(folder) / "config.json", "arguments", "data")
+
+
 def load_run(folder, cache=None, data_dir=None, dataset=None):
     """A loss's folder in a run, runs/NAME/LOSS -> (config, dataset, model, tokenizer, prompts).
 
@@ -2328,7 +2333,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
         if inside:
             advice = f"choose one of its losses: {', '.join(inside)}"
         raise InputError(f"{folder}: no model in it; {advice}")
-    config = read_json(folder.parent / "config.json", "arguments", "data")
+    config = read_config(folder.parent)
     chosen = config["arguments"]
     place = dataset or chosen["dataset"]
     loaded = load_dataset(

@@ -96,7 +96,7 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from attribution import attributions, format_table, has_derivative, label_log_prob
+from attribution import attributions, both_log_probs, format_table, has_derivative
 from data import (
     Window,
     additive_mask,
@@ -105,12 +105,12 @@ from data import (
     collate,
     flat_ranges,
     hide_bar,
-    legal_tokens,
     load_dataset,
     load_run,
     log_softmax_over,
     logits_at,
     normalize_text,
+    read_config,
     read_json,
     run_command,
     set_environment,
@@ -226,11 +226,11 @@ def rank(
     for indices in tqdm(batches, desc="rank", disable=hide_bar(), leave=False):
         batch = collate([trees[i] for i in indices], device)
         reader = reader_of(model, batch, radix, softmax)
-        nll, legal_nll = target_nlls(reader.logits, batch, prompts.trie)  # (N,) each
+        legal, full = both_log_probs(reader.logits.float(), batch, prompts.trie)  # (N,) each
         window = batch.window.cpu().numpy()
         place = batch.place.cpu().numpy()
-        found.nll[window, place] = nll
-        found.legal_nll[window, place] = legal_nll
+        found.nll[window, place] = -full
+        found.legal_nll[window, place] = -legal
 
         first = batch.place == 0  # each window's first target token: there its search begins
         chosen = batch.window[first].tolist()  # B windows
@@ -276,18 +276,6 @@ def by_windows(trees, rows):
         batch.append(i)
         size += more
     yield batch
-
-
-def target_nlls(logits, batch, trie):
-    """NLL in nats of the batch's target tokens, whose logits are (N, V) -> (full, legal), (N,).
-
-    full: softmax over the vocabulary; legal: over the continuations that some title has, as the
-    ranking uses it. numpy, float64.
-    """
-    logits = logits.float()
-    full = -label_log_prob(logits, batch.label)
-    legal = -label_log_prob(logits, batch.label, legal_tokens(batch, trie))
-    return full.cpu().double().numpy(), legal.cpu().double().numpy()
 
 
 def unseen_titles(radix, seen):
@@ -1462,7 +1450,7 @@ def losses_of(folder):
         )
     if (folder / "model").is_dir() or not (folder / "config.json").exists():
         return [folder]
-    losses = read_json(folder / "config.json", "arguments", "data")["arguments"]["loss"]
+    losses = read_config(folder)["arguments"]["loss"]
     finished = [folder / loss for loss in losses if (folder / loss / "metrics.json").exists()]
     return finished or [folder]
 

@@ -209,6 +209,7 @@ from data import (
     make_prompts,
     positions,
     prompts_digest,
+    read_config,
     read_json,
     reason_of,
     save_model,
@@ -734,7 +735,7 @@ def open_dataset(folder, args, cfg):
     domain = args.domain
     if args.resume and (folder / "config.json").exists():
         # The domain may have come from the name of the data's folder, which may have changed.
-        domain = domain or read_json(folder / "config.json", "arguments", "data").get("domain")
+        domain = domain or read_config(folder).get("domain")
     options = {"split": args.split, "history": args.history, "min_rating": args.min_rating}
     dataset = load_dataset(args.dataset, args.data_dir, args.cache, domain=domain, **options)
     config = None
@@ -762,7 +763,7 @@ def open_run(folder, args, dataset, cfg):
         raise InputError(
             f"{folder} holds a run: add --resume to go on with it, or choose another --name"
         )
-    before = read_json(path, "arguments", "data")
+    before = read_config(folder)
     refuse_changes(before, now, path)
     for left in folder.rglob(".*.[0-9]*.part"):  # what a killed process had half written
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -1453,8 +1454,8 @@ def training_flags(add):
         "--lr",
         type=positive(float),
         default=2e-3,
-        help="peak learning rate of AdamW; for smollm2-135m 4e-3 was best with --lora 8, and 2e-4 "
-        "without (results/README.md)",
+        help="peak learning rate of AdamW; the best of SFT for smollm2-135m is 4e-3 with --lora 8, "
+        "and 2e-4 without (results/README.md)",
     )
     add(
         "--no-pack",

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 import evaluate
 from attribution import span_sums
-from data import InputError, read_json, write_atomic
+from data import InputError, read_config, read_json, write_atomic
 from evaluate import BEFORE, fmt, loss_name
 
 STYLE = """
@@ -213,7 +213,7 @@ def write_report(folder, path=None):
     """Write a page on all finished losses of the run folder runs/NAME to `path` (default: its
     report.html) -> path. A part without its file is left out; no finished loss: InputError."""
     folder = Path(folder)
-    config = read_json(folder / "config.json", "arguments", "data")
+    config = read_config(folder)
     groups = read_json(folder / "groups.json", "group", "cuts")
     named = {loss_name(loss): folder / loss for loss in config["arguments"]["loss"]}
     runs = {name: run for name, run in named.items() if (run / "metrics.json").exists()}
