@@ -115,6 +115,7 @@ SETTINGS = {
         "lr": 2e-4,
     },
     "smollm2-10k": SMOLLM2_LORA,
+    "smollm2-10k-epochs": SMOLLM2_LORA | {"epochs": 2},
     "smollm2-10k-all": SMOLLM2_10K | {"batch": 16, "lr": 2e-4},  # by tune-lr-all
     # A prompt of book is several times as long, so a quarter of the windows takes as long.
     "transfer-lora": SMOLLM2_LORA | {"windows": 2_500, "thinned": 12},
@@ -172,6 +173,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
     "smollm2-10k": ((*SMOLLM2_PAIR, "gdrt uniform by ablation", "msl at SFT's rate"), 2),
+    "smollm2-10k-epochs": (SMOLLM2_PAIR, 1),
     "smollm2-10k-all": (SMOLLM2_PAIR, 2),
     "main": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, "msl at SFT's rate"), 5),
     "toy-shop": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, *SHOP_CONTROLS), 5),
