@@ -6,6 +6,7 @@
                                                   their winners are entered here, by hand
     python benchmarks/quality.py grid             and leave-one-out, toy, sweep, smollm2
     python benchmarks/quality.py smollm2-10k      LoRA on a language model, at 10,000 windows;
+                                                  smollm2-10k-epochs: two epochs of it;
                                                   smollm2-10k-all: all of its weights
     python benchmarks/quality.py main             and untrained, epochs, few-windows, toy-shop,
                                                   toy-epochs, toy-short: tiny, untrained at start

@@ -40,7 +40,8 @@ SETTINGS = {
     "leave-one-out": ALL_WINDOWS | {"start": None},
     "toy": {"dataset": "toy", "start": None},
     "smollm2": {"model": "smollm2-135m", "windows": 2_000, "lora": None},
-    "smollm2-10k": {"model": "smollm2-135m", "windows": 10_000, "lora": 8},
+    "smollm2-10k": {"model": "smollm2-135m", "windows": 10_000, "lora": 8, "epochs": 1},
+    "smollm2-10k-epochs": {"model": "smollm2-135m", "windows": 10_000, "lora": 8, "epochs": 2},
     "smollm2-10k-all": {"model": "smollm2-135m", "windows": 10_000, "lora": None},
     "lora": {"model": "smollm2-135m", "windows": 2_000, "lora": 8},
 }
@@ -802,8 +803,9 @@ TITLES = {  # in results/tables.md
     "tuned (`quality.py smollm2`)",
     "smollm2-10k": "SmolLM2-135M-Instruct with LoRA of rank 8, 10,000 windows of ml-100k, one "
     "epoch, every third held-out window (`quality.py smollm2-10k`)",
-    "smollm2-10k-all": "All weights of SmolLM2-135M-Instruct, otherwise the same (`quality.py "
-    "smollm2-10k-all`)",
+    "smollm2-10k-epochs": "The same after two epochs (`quality.py smollm2-10k-epochs`)",
+    "smollm2-10k-all": "All weights of SmolLM2-135M-Instruct, one epoch, otherwise the same "
+    "(`quality.py smollm2-10k-all`)",
     "transfer": "office and book, 10,000 windows, the configuration of ml-100k (`quality.py "
     "transfer`): leave-one-out as their files have it, the test later than all of training",
     "sweep": "GDRT to SFT over tau, number of groups, training windows and epochs, ml-100k by time "
