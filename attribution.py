@@ -2,7 +2,7 @@
 
 The auxiliary tokens of a target token are the task, the marker and the title's own prefix.
 
-    symbol   paper / docs            here
+    symbol   meaning                 here
     a, u     auxiliary, user tokens  segments TEMPLATE and TITLE, segment USER
     A_S(t)   attribution, nats       `segment_gradient`  (N,), N target tokens in a batch
     r        relevance, in [0, 1]    `ratio`: (|A_aux| + c) / (|A_aux| + |A_user| + c)
@@ -52,7 +52,7 @@ def segment_gradient(model, batch, segment, points=POINTS, trie=None):
 def ratio(aux, user, floor=FLOOR):
     """r = (|A_aux| + c) / (|A_aux| + |A_user| + c), elementwise (the floor c is our choice).
 
-    On toy, c raises the rank correlation of r between two seeds from 0.04 to 0.17.
+    Over toy's tokens with a choice, c raises the rank correlation of two seeds from 0.04 to 0.17.
     """
     aux = np.abs(aux) + floor
     return aux / (aux + np.abs(user))
@@ -61,8 +61,8 @@ def ratio(aux, user, floor=FLOOR):
 def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
     """Relevance r (N,) of every target token of a batch, which holds trees or is a `plain_batch`.
 
-    method: "ablation" compares the ends of the path; "probability" is r = p(y_t | a, y_<t), without
-    the history. With a trie, log p is over legal continuations, else over the vocabulary.
+    method: "ablation" compares the ends of the path; "probability" is r = p(token) with an empty
+    history. With a trie, p is over legal continuations, else over the vocabulary.
     """
     check_targets(model, batch, trie)
     with scoring(model):
@@ -73,11 +73,11 @@ def token_relevance(model, batch, method="gradient", points=POINTS, trie=None):
 
 
 def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0, device="cpu"):
-    """Relevance of target tokens to their auxiliary tokens -> (items, L), NaN where not measured.
+    """Relevance of target tokens to auxiliary tokens -> (items, L tokens), NaN if not measured.
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
-    that title as target. log p is over LEGAL continuations, which finds toy's planted bias with AUC
-    0.995, against 0.51 over the vocabulary. r = 1 if only one is legal, or p > 0.99 with no user.
+    that title as target. p is over LEGAL continuations, so that r = 1 for forced tokens, which by p
+    over toy's vocabulary are found by chance (AUC 0.51), and for all but forced ones, p > 0.99.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
@@ -95,13 +95,13 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 def cut(r, weight, n_groups):
     """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
 
-    r, weight (how often a token is trained on) and group are of one shape. group: 0 is the least
-    relevant, -1 where r is NaN; equal r share one, an empty one is an InputError. cuts: lowest r.
+    r, weight (how often a token is trained on) and group are of one shape. Group 0 is the least
+    relevant, -1 is r = NaN. Equal r share a group; none may be empty. cuts: each group's lowest r.
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
     mass = np.bincount(index, weights=weight[known])  # the weight of each distinct r
-    # No r is split over groups: one heavier than an equal share counts as one share in the cut.
+    # No r is split: one heavier than an equal share counts as one, so that no group stays empty.
     size = mass.sum() / n_groups
     large = np.zeros(len(mass), bool)
     while len(values) >= n_groups and (mass[~large] > size).any():

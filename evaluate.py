@@ -30,7 +30,7 @@ def rank_by_definition(model, prompts, window, k=10):
     best = []
     while queue and len(best) < k:
         cost, node, prefix = heapq.heappop(queue)
-        item = int(trie.item[node])
+        item = int(trie.item[node])  # -1 within a title
         if item >= 0:
             if item not in window.items[: window.stop]:
                 best.append((item, -cost))

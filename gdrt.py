@@ -77,7 +77,7 @@ def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
     batches = micro_batches(trees, cfg)
     groups = [group_of[batch.item, batch.place] for batch in batches]  # (N,) each
 
-    # 1. The mean NLL of every group over the global batch: all micro-batches of all ranks.
+    # 1. Each group's mean NLL over all micro-batches of all ranks: no weight is known before it.
     single = len(batches) == 1
     with contextlib.nullcontext() if single else replayed_without_gradient(cfg):
         nlls = [token_nll(model, batch, prompts, cfg) for batch in batches]  # (N,) each
@@ -88,7 +88,7 @@ def training_step(model, optimizer, trees, prompts, group_of, rule, state, cfg):
     q, state = rule(group_loss, count.float(), state)
     weight = q / count.float().clamp(min=1)  # (K,)
 
-    # 3. The gradient of sum_i w_i NLL_i.
+    # 3. The gradient of sum_i w_i NLL_i. Several micro-batches run again, one graph at a time.
     for batch, group, nll in zip(batches, groups, nlls):
         if not single:
             nll = token_nll(model, batch, prompts, cfg)  # (N,)
