@@ -758,6 +758,8 @@ PUBLISHED = {
     "ml-100k": (943, 1682, 100_000, ML_100K_RATINGS, ML_100K_ARCHIVES),
     "ml-1m": (6040, 3883, 1_000_209, None, ML_1M_ARCHIVES),
 }
+# Names that stand for data and models, even if a folder of that name lies in the working directory.
+BUILT_IN = {"dataset": ("toy", *PUBLISHED), "model": ("tiny", "smollm2-135m")}
 SILENCE = 20  # seconds that a source may pause
 DEADLINE = 180  # seconds that a download may take
 SPLITS = "train", "valid", "test"
@@ -1301,7 +1303,7 @@ def load_dataset(
         raise InputError(f"--history {history}: give 1 or more")
     if domain is not None and domain not in DOMAINS:
         raise InputError(f"--domain {domain}: choose {', '.join(DOMAINS)}")
-    if name not in ("toy", *PUBLISHED) and not Path(name).is_dir():
+    if name not in BUILT_IN["dataset"] and not Path(name).is_dir():
         raise InputError(f"--dataset {name}: choose toy, ml-100k, ml-1m or an existing folder")
     options = split, history, min_rating, seed
     try:
@@ -1354,17 +1356,22 @@ def task_text(dataset):
 
 
 def tiny_tokenizer(dataset):
-    """Byte-level BPE trained on titles and template; words keep their space: '"Toy', ' Story'."""
+    """A BPE whose words keep their space: '"Toy', ' Story'."""
+    words = Split(Regex(r" ?[^ ]+| +"), "isolated")
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    return byte_level_bpe(dataset, [words, byte_level], VOCABULARY)
+
+
+def byte_level_bpe(dataset, splits, vocabulary):
+    """Byte-level BPE trained on the titles and the template, which `splits` cut into words."""
     texts = [f'"{title}"' for title in dataset.titles]
     # Repeated, so that each word of the template becomes one token.
     texts += [task_text(dataset), MARKER] * 200
     tokenizer = Tokenizer(BPE())
-    words = Split(Regex(r" ?[^ ]+| +"), "isolated")
-    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = Sequence([words, byte_level])
+    tokenizer.pre_tokenizer = Sequence(splits)
     tokenizer.decoder = ByteLevelDecoder()
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<bos>", "<eos>"],
         show_progress=False,
         initial_alphabet=ByteLevel.alphabet(),

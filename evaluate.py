@@ -718,29 +718,19 @@ AUDITED = 60  # windows, at most, that the audit reads: its shares are then cert
 GRADIENT_EVERY = 10  # one of so many is read by gradient, which costs as much as 25 forwards
 
 
-def audit(
-    model,
-    prompts,
-    windows,
-    group,
-    n_groups,
-    ndcg,
-    softmax="trie",
-    keep_seen=False,
-    seed=0,
-    device="cpu",
-):
+def audit(model, prompts, windows, group, n_groups, ndcg, seed=0, device="cpu", **options):
     """The bias audit on a sample of `windows` -> dict.
 
-    ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None.
+    ndcg: (n,) NDCG@10 of each window with its own history. group: (items, L) or None. options: of
+    `rank`, softmax and keep_seen.
     It holds the auxiliary shares by each method (see `shares_by_method`), the NDCG@10 that is lost
     when histories are shuffled between users, and the number of windows.
     """
     chosen = sorted(np.random.default_rng(seed).permutation(len(windows))[:AUDITED].tolist())
     windows = [windows[i] for i in chosen]
     shares = shares_by_method(model, prompts, windows, group, n_groups, device)
-    options = {"softmax": softmax, "keep_seen": keep_seen, "device": device}
-    lost = ndcg[chosen] - shuffled_ndcg(model, prompts, windows, seed, **options)  # (n,)
+    shuffled = shuffled_ndcg(model, prompts, windows, seed, device=device, **options)  # (n,)
+    lost = ndcg[chosen] - shuffled
     result = {"windows": len(windows)} | shares
     return result | {"NDCG@10 lost by shuffled histories": float(lost.mean())}
 
@@ -980,8 +970,8 @@ def pool(runs):
         found.setdefault((run["loss"], json.dumps(setting)), []).append(run)
     settings = [json.loads(text) for _, text in found]
     differ = []
-    for key in settings[0] if settings else ():
-        if any(setting.get(key) != settings[0][key] for setting in settings):
+    for key in dict.fromkeys(key for setting in settings for key in setting):
+        if any(setting.get(key) != settings[0].get(key) for setting in settings):
             differ.append(key)
     losses = [run["loss"] for run in runs]
     named = {}
@@ -1086,17 +1076,22 @@ def paired_intervals(lines, base):
     return found
 
 
-def differences(logs):
-    """What each loss of one run has over SFT -> {name: ["NDCG@10 +...", ...]}, paired.
+def read_logs(folder, losses):
+    """{name: lines of predictions.jsonl} of a run's losses; one without test windows has none."""
+    logs = {}
+    for loss in losses:
+        path = Path(folder) / loss / "predictions.jsonl"
+        if path.exists():
+            logs[loss_name(loss)] = [line for _, line in read_lines(path)]
+    return logs
 
-    logs: {name: lines of predictions.jsonl}. 95% intervals stand in brackets.
-    """
-    found = {}
-    for name, lines in logs.items():
-        if name != "SFT" and "SFT" in logs:
-            leads = paired_intervals(lines, logs["SFT"])
-            found[name] = [f"{what} {in_brackets(*ends, '+')}" for what, ends in leads.items()]
-    return found
+
+def differences(logs):
+    """What each loss of one run has over SFT -> {name: paired_intervals}; {} without SFT."""
+    if "SFT" not in logs:
+        return {}
+    rest = {name: lines for name, lines in logs.items() if name != "SFT"}
+    return {name: paired_intervals(lines, logs["SFT"]) for name, lines in rest.items()}
 
 
 # ---------------------------------------------------------------- predictions

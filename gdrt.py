@@ -193,7 +193,9 @@ from attribution import (
     token_attribution,
 )
 from data import (
+    BUILT_IN,
     DOMAINS,
+    PUBLISHED,
     InputError,
     announce,
     attention,
@@ -221,12 +223,11 @@ from data import (
 )
 from evaluate import (
     audit,
+    differences,
     evaluate_parts,
     list_metrics,
-    loss_name,
-    paired_intervals,
     popularity_lists,
-    read_lines,
+    read_logs,
     result_table,
     write_predictions,
 )
@@ -657,7 +658,7 @@ def save_checkpoint(path, model, optimizer, state, step):
         "state": state,
         "step": step,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
     def write(file):
@@ -682,9 +683,10 @@ def load_checkpoint(path, model, optimizer):
         load_trained(model, kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["rng"])
-        if kept["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(kept["cuda_rng"])
+        torch.cuda.set_rng_state_all(kept["cuda_rng"][: torch.cuda.device_count()])
         return kept["state"].to(next(model.parameters()).device), kept["step"]
+    except torch.OutOfMemoryError:  # a RuntimeError, too, but the file is whole
+        raise
     except broken as error:
         raise InputError(
             f"{path}: not a checkpoint of this run ({reason_of(error)}); delete it, "
@@ -773,12 +775,17 @@ def open_run(folder, args, dataset, cfg):
 def new_config(args, dataset, cfg):
     """What config.json of a new run holds; write_config adds the digests of where it starts."""
     arguments = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
-    for name in ("dataset", "model"):
-        if Path(arguments[name]).is_dir():  # so that it is found from any working directory
+    for name in BUILT_IN:
+        if is_folder(name, arguments[name]):  # so that it is found from any working directory
             arguments[name] = str(Path(arguments[name]).resolve())
     data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
     auto = {"device": cfg.device, "precision": cfg.precision}  # what it stands for here
     return {"arguments": arguments, **data, **auto, **environment()}
+
+
+def is_folder(name, value):
+    """Does the flag --dataset or --model, by name, name a folder?"""
+    return value not in BUILT_IN[name] and Path(value).is_dir()
 
 
 def refuse_changes(before, now, path):
@@ -786,7 +793,7 @@ def refuse_changes(before, now, path):
     for name, value in now["arguments"].items():
         old = before["arguments"].get(name)
         # Data and models may have moved: their content is compared, here and in write_config.
-        moved = name in ("dataset", "model") and Path(value).is_dir()
+        moved = name in BUILT_IN and is_folder(name, value)
         if value != old and not moved:
             raise InputError(
                 f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
@@ -933,18 +940,13 @@ def warm_up(setup, seed, folder, cfg):
     torch.manual_seed(seed)
     shape = setup.prompts.trie.path.shape
     one_group = torch.zeros(shape, dtype=torch.long, device=cfg.device)  # (items, L + 1)
-    return train(
-        setup.model,
-        setup.prompts,
-        setup.trees,
-        setup.batches,
-        (0, setup.warmup),
-        one_group,
-        sft_rule,
-        1,
-        cfg,
-        folder,
-    )
+    return train_span(setup, (0, setup.warmup), one_group, sft_rule, 1, cfg, folder)
+
+
+def train_span(setup, span, group_of, rule, n_groups, cfg, folder, begin=None):
+    """`train` on the batches of a Setup -> seconds it took."""
+    of_run = setup.model, setup.prompts, setup.trees, setup.batches
+    return train(*of_run, span, group_of, rule, n_groups, cfg, folder, begin)
 
 
 def form_groups(setup, args, cfg, path):
@@ -1038,19 +1040,8 @@ def train_loss(loss, setup, groups, args, cfg, folder):
     }
     span = setup.warmup, len(setup.batches)
     group_of = torch.tensor(groups["group"], device=cfg.device)  # (items, L)
-    return train(
-        setup.model,
-        setup.prompts,
-        setup.trees,
-        setup.batches,
-        span,
-        group_of,
-        rules[loss],
-        args.groups,
-        cfg,
-        folder / loss,
-        folder / "warmup" / "checkpoint.pt",
-    )
+    folders = folder / loss, folder / "warmup" / "checkpoint.pt"
+    return train_span(setup, span, group_of, rules[loss], args.groups, cfg, *folders)
 
 
 def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
@@ -1139,21 +1130,14 @@ def paired_differences(folder, losses):
 
     They are from predictions.jsonl; none where SFT or the test windows were left out.
     """
-    logs = {}
-    for loss in losses:
-        path = folder / loss / "predictions.jsonl"
-        if path.exists():
-            logs[loss] = [line for _, line in read_lines(path)]
-    if "sft" not in logs:
-        return []
-    sft = logs.pop("sft")
+    logs = read_logs(folder, losses)
     sentences = []
-    for loss, lines in logs.items():
-        sentences.append(f"{loss_name(loss)} less SFT, {len(sft)} test windows of this seed:")
-        for name, (value, low, high) in paired_intervals(lines, sft).items():
+    for name, leads in differences(logs).items():
+        sentences.append(f"{name} less SFT, {len(logs['SFT'])} test windows of this seed:")
+        for measure, (value, low, high) in leads.items():
             verdict = "no difference seen" if low <= 0 <= high else "a difference"
             figures = f"{value:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]"
-            sentences.append(f"  {name} {figures}: {verdict}")
+            sentences.append(f"  {measure} {figures}: {verdict}")
     return sentences
 
 
@@ -1189,11 +1173,15 @@ def pick_device(wanted):
     if wanted == "auto":
         return pick_device("cuda") if torch.cuda.is_available() else "cpu"
     if wanted == "cuda":
-        if not torch.cuda.is_available():
+        place = int(os.environ.get("LOCAL_RANK", 0))
+        there = torch.cuda.device_count()
+        if place >= there:
+            advice = "start fewer processes" if there else "use --device auto or cpu"
             raise InputError(
-                "--device cuda: this machine shows no GPU to PyTorch; use --device auto or cpu"
+                f"--device cuda: this machine shows {there or 'no'} GPU to PyTorch, and process "
+                f"{place} needs one; {advice}"
             )
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise InputError(
             "--device mps: this machine has no Apple GPU for PyTorch; use --device auto or cpu"
@@ -1328,8 +1316,8 @@ def data_flags(add):
         choices=("leave-one-out", "time"),
         default="leave-one-out",
         help="leave-one-out: a user's last positive is for testing, the one before for validation; "
-        "time: 8:1:1 by time over all users. A folder with CSV of whole windows has its own split, "
-        "which --history and --min-rating do not change either",
+        "time: 8:1:1 by time over all users. Files that are split already, as CSV and "
+        "NAME.train.inter, stay so; --history and --min-rating do not change whole windows",
     )
     add(
         "--history",
@@ -1519,6 +1507,7 @@ def main(argv=None):
         args.name = f"{dataset}-{model}-seed{args.seed}"
     try:
         check_utf8(args)
+        check_read(args)
         if args.name in (".", "..") or set(args.name) & set("/\\"):
             raise InputError(
                 f"--name {args.name}: give a folder name without slashes; --out says where it goes"
@@ -1553,6 +1542,24 @@ def check_utf8(args):
         except UnicodeEncodeError:
             flag = f"--{name.replace('_', '-')} {ascii(value)}"
             raise InputError(f"{flag}: not UTF-8; rename the folder, or choose --name") from None
+
+
+def check_read(args):
+    """InputError if a flag has a value of its own that nothing in this run reads."""
+    read_where = {
+        "tau": "gdrt" in args.loss,
+        "prior": "gdrt" in args.loss,
+        "eta": "group-dro" in args.loss,
+        "temperature": args.train_softmax == "trie",
+        "data_dir": args.dataset in PUBLISHED,
+    }
+    for name, is_read in read_where.items():
+        given = getattr(args, name) != parser().get_default(name)
+        if given and not is_read and not args.resume:
+            raise InputError(
+                f"--{name.replace('_', '-')}: nothing in this run reads it; leave it out, or "
+                "choose the --loss, --train-softmax or --dataset that does"
+            )
 
 
 def has_begun(args):

@@ -85,8 +85,9 @@ distance between the popularity of what is listed and of what was chosen in trai
 fairer. Aux share: how much of the attribution rests on the task and the title's own prefix.
 Seconds: training, with warm-up and relevance.</p>
 {{ table(*part.table) }}{% for name, found in part.differences.items() %}
-<p class="lead">{{ name }} less SFT: {{ found|join("; ") }}. In brackets: 95% of a paired bootstrap
-over users, on one seed.</p>{% endfor %}{% endcall %}
+<p class="lead">{{ name }} less SFT: {% for measure, ends in found.items() %}{{ measure }}
+{{ in_brackets(*ends, sign="+") }}{{ "" if loop.last else "; " }}{% endfor %}. In brackets: 95% of a
+paired bootstrap over users, on one seed.</p>{% endfor %}{% endcall %}
 {%- call(plot) section("Training") %}<p>By update, after the warm-up that all losses share; running
 means over a fortieth of the updates; NLL in nats a token. Group 0 holds the target tokens least
 relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) }}{% endcall %}
@@ -128,6 +129,7 @@ def shade(value, largest):
 
 # With a title and a record it renders a heat map; with what write_report gathers, a report.
 KNOWN = {"shade": shade, "span_sums": span_sums, "quantile": np.quantile, "abs": np.abs}
+KNOWN |= {"in_brackets": evaluate.in_brackets}
 KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE, "every": evaluate.GRADIENT_EVERY}
 PAGE = jinja2.Environment(autoescape=True).from_string(TEMPLATE, KNOWN)
 
@@ -219,7 +221,8 @@ def write_report(folder, path=None):
     runs = {name: run for name, run in named.items() if (run / "metrics.json").exists()}
     if not runs:
         raise InputError(f"{folder}: none of its losses is finished; go on with gdrt.py --resume")
-    table = evaluate.result_table(folder, [run.name for run in runs.values()])
+    finished = [run.name for run in runs.values()]
+    table = evaluate.result_table(folder, finished)
     split = table[0][0]
     results = {name: read_json(run / "metrics.json") for name, run in runs.items()}
     first = next(iter(results.values()))  # all hold the same figures from before the training
@@ -227,10 +230,7 @@ def write_report(folder, path=None):
     models |= {name: result[split] for name, result in results.items()}
     audits = {BEFORE: first["audit"]["before"]}
     audits |= {name: result["audit"]["after"] for name, result in results.items()}
-    logs = {}
-    for name, run in runs.items():
-        if (run / "predictions.jsonl").exists():
-            logs[name] = [line for _, line in evaluate.read_lines(run / "predictions.jsonl")]
+    logs = evaluate.read_logs(folder, finished)
     maps = [run / "heatmap.json" for run in runs.values() if (run / "heatmap.json").exists()]
     kinds = "arguments", "facts", "versions", "machine"
     settings = [((kind, ""), list(config[kind].items())) for kind in kinds]

@@ -109,30 +109,12 @@ def add_lines(results, lines):
 # other folders
 
 
-def from_windows_folder(folder):
-    """The arrays of a folder from before outcomes.npz: windows/KEY.npz, with a value per window."""
-    arrays = {}
-    for path in sorted((folder / "windows").glob("*.npz")):
-        with np.load(path, allow_pickle=False) as stored:
-            kept = dict(stored)
-        if "group" in kept:
-            arrays[f"{path.stem}/groups"] = kept["group"].astype(np.int8)
-        for part in ("test", "valid"):
-            if f"{part} user" in kept:
-                values = {
-                    name: kept[f"{part} {name}"] for name in KINDS if f"{part} {name}" in kept
-                }
-                table = by_user(kept[f"{part} user"], kept[f"{part} warm"], values)
-                arrays[f"{path.stem}/{part}"] = table
-    return arrays
-
-
 def merge(folder, results):
     """Take the finished runs of `folder` that `results` lacks into it -> how many there were."""
-    arrays = from_windows_folder(folder)
+    arrays = {}
     if (folder / "outcomes.npz").exists():
         with np.load(folder / "outcomes.npz", allow_pickle=False) as stored:
-            arrays |= dict(stored)
+            arrays = dict(stored)
     there = {line["key"] for line in read_lines(results)}
     lines = [line for line in read_lines(folder) if line["key"] not in there]
     wanted = {line["key"] for line in lines}

@@ -60,6 +60,7 @@ from data import (
     announce,
     build_trees,
     load_dataset,
+    run_command,
     set_environment,
 )
 from evaluate import audit, evaluate_parts, list_metrics, popularity_lists
@@ -404,23 +405,6 @@ def copied(model):
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def train_span(setup, cfg, span, group, rule, n_groups, folder, checkpoint=None):
-    """Do the updates span[0] to span[1] - 1, from the checkpoint if one is given -> seconds."""
-    return gdrt.train(
-        setup.model,
-        setup.prompts,
-        setup.trees,
-        setup.batches,
-        span,
-        torch.tensor(group, device=cfg.device),
-        rule,
-        n_groups,
-        cfg,
-        folder,
-        checkpoint,
-    )
-
-
 def title_shape(prompts):
     """(items, L): the shape of a table with one value for each token of each title."""
     return len(prompts.titles), prompts.trie.path.shape[1] - 1
@@ -450,10 +434,7 @@ def start(text, data_dir, cache, device, precision):
     setup = gdrt.prepare(args, dataset, cfg)
     before = copied(setup.model)
     folder = tempfile.TemporaryDirectory()
-    torch.manual_seed(args.seed)
-    one_group = np.zeros(setup.prompts.trie.path.shape, dtype=int)
-    warmup = Path(folder.name) / "warmup"
-    seconds = train_span(setup, cfg, (0, setup.warmup), one_group, gdrt.sft_rule, 1, warmup)
+    seconds = gdrt.warm_up(setup, args.seed, Path(folder.name) / "warmup", cfg)
     found = diagnose(setup.model, setup.prompts, setup.windows, args.seed, cfg.device)
     return Start(dataset, setup, cfg, folder, before, copied(setup.model), seconds, found, {})
 
@@ -471,9 +452,10 @@ def train_rest(begun, group, rule, n_groups):
     """Train the start's model from the warm-up's end on -> (seconds, [one line per update])."""
     span = (begun.setup.warmup, len(begun.setup.batches))
     checkpoint = Path(begun.folder.name) / "warmup" / "checkpoint.pt"
+    group_of = torch.tensor(group, device=begun.cfg.device)
     with tempfile.TemporaryDirectory() as folder:
-        rest = (span, group, rule, n_groups, Path(folder), checkpoint)
-        seconds = train_span(begun.setup, begun.cfg, *rest)
+        rest = (span, group_of, rule, n_groups, begun.cfg, Path(folder), checkpoint)
+        seconds = gdrt.train_span(begun.setup, *rest)
         lines = gdrt.complete_lines(Path(folder) / "metrics.jsonl")
     return seconds, [json.loads(line) for line in lines]
 
@@ -757,16 +739,8 @@ def main(argv=None):
     options.results = options.results or ROOT / folder
     options.paths = {Path(path).resolve().name: str(Path(path).resolve()) for path in options.data}
     set_environment(options.cache)
-    try:
-        run_experiment(options)
-    except (InputError, OSError) as error:
-        print(f"quality.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        again = "interrupted; the same command goes on after the last finished run"
-        print(f"\n{again}", file=sys.stderr)
-        sys.exit(130)
+    run_experiment(options)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ interruption. Its trainings are evaluated on validation windows alone.
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -64,6 +65,7 @@ from data import (
     load_run,
     make_prompts,
     positions,
+    read_config,
     read_json,
     run_command,
     set_environment,
@@ -72,7 +74,6 @@ from data import (
     write_atomic,
 )
 from evaluate import by_group, evaluate_parts
-from gdrt import environment
 
 METHODS = "gradient", "ablation", "probability"
 
@@ -290,8 +291,9 @@ class Shop:
     def train(self, group, span, folder, checkpoint=None, rule=None, n_groups=4):
         begin = checkpoint or Path(self.begun.folder.name) / "warmup" / "checkpoint.pt"
         rule = rule or gdrt.gdrt_rule(GDRT["tau"], GDRT["prior"])
-        rest = span, group, rule, n_groups, folder, begin
-        return quality.train_span(self.begun.setup, self.begun.cfg, *rest)
+        group_of = torch.tensor(group, device=self.begun.cfg.device)
+        rest = span, group_of, rule, n_groups, self.begun.cfg, folder, begin
+        return gdrt.train_span(self.begun.setup, *rest)
 
     def file(self, name, ending):
         return self.folder / f"seed{self.seed}-{name.replace(' ', '-')}.{ending}"
@@ -459,7 +461,7 @@ def shop_study(args):
             "with a choice": int(choice.sum()),
             "of taste": int((planted(shops[0].dataset, shops[0].prompts)[choice] == 0).sum()),
         },
-        **environment(),
+        **gdrt.environment(),
         "definitions": described,
         "agreement with all windows": agreement_with_all(measured, shops[0]),
         "training": {row: described_training(found) for row, found in training.items()},
@@ -631,7 +633,8 @@ def load_warmup(model, run):
             f"{run}: no {path.name} of a warm-up beside it; "
             "give a loss's folder of a finished run of gdrt.py"
         )
-    model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    gdrt.load_trained(model, kept["model"])
 
 
 def show(result):
@@ -662,17 +665,21 @@ def one_run(args):
     config, dataset, _, _, prompts = load_run(args.run, args.cache, args.data_dir)
     flags = argparse.Namespace(**config["arguments"], cache=args.cache)
     for other in args.others:
-        there = read_json(Path(other).parent / "config.json")
+        there = read_config(Path(other).parent)
         if (there["data"], there["arguments"]["model"]) != (config["data"], flags.model):
             raise InputError(
                 f"{other}: other data or another model than {args.run}; "
                 "give runs that differ in their seed"
             )
     model, _ = start_model(flags.model, dataset, args.cache)
+    if flags.lora:
+        gdrt.add_lora(model, flags.lora, flags.seed, gdrt.TrainConfig())
+    windows = gdrt.draw_windows(dataset.train, flags.windows, flags.seed)
+    dataset = dataclasses.replace(dataset, train=windows)
     drawn = args.steps, flags.seed
     found, seconds = measure_relevance(model, prompts, dataset, *drawn)
     before = describe(model, prompts, dataset, found, seconds, *drawn)
-    result = {"run": config, "steps": args.steps, **environment(), "before": before}
+    result = {"run": config, "steps": args.steps, **gdrt.environment(), "before": before}
     load_warmup(model, args.run)
     found, seconds = measure_relevance(model, prompts, dataset, *drawn)
     result["after warm-up"] = describe(model, prompts, dataset, found, seconds, *drawn)

@@ -32,12 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import ByteLevel, Digits
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,22 +48,22 @@ from attribution import (
     segment_gradient,
 )
 from data import (
-    MARKER,
     USER,
     InputError,
     Table,
     announce,
     build_trees,
     by_length,
+    byte_level_bpe,
     collate,
     from_table,
+    legal_continuations,
     load_dataset,
     load_model,
     make_prompts,
     positions,
     run_command,
     target_logits,
-    task_text,
     tiny_model,
     tiny_tokenizer,
     write_atomic,
@@ -358,20 +354,8 @@ def like_smollm2(dataset):
 
     It splits text as SmolLM2's does, each digit on its own.
     """
-    tokenizer = Tokenizer(BPE())
     splits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer = Sequence(splits)
-    tokenizer.decoder = ByteLevelDecoder()
-    texts = [f'"{title}"' for title in dataset.titles] + [task_text(dataset), MARKER] * 200
-    trainer = BpeTrainer(
-        vocab_size=LIKE_SMOLLM2,
-        special_tokens=["<bos>", "<eos>"],
-        show_progress=False,
-        initial_alphabet=ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<eos>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    return byte_level_bpe(dataset, splits, LIKE_SMOLLM2)
 
 
 def start(dataset, large=False):
@@ -585,22 +569,12 @@ def relevance_row(args):
 # ---------------------------------------------------------------- rows: search
 
 
-def title_continuations(prompts):
-    """{title tokens so far: tokens that may follow}, EOS included."""
-    legal = {}
-    for title in prompts.titles:
-        sequence = (*title, prompts.eos)
-        for j, token in enumerate(sequence):
-            legal.setdefault(sequence[:j], {})[token] = None
-    return {prefix: list(tokens) for prefix, tokens in legal.items()}
-
-
 def beam_search(model, prompts, windows, batch_size, k=10):
     """Scores (n, k), best first, by generate() constrained to the titles, as MSL, BEAR and D3 do.
 
     renormalize_logits takes the log-softmax again after the mask, and so over legal continuations.
     """
-    legal = title_continuations(prompts)
+    legal = legal_continuations([*title, prompts.eos] for title in prompts.titles)
     trees = build_trees(prompts, windows, pack=False, targets=False)
     scores = np.empty((len(windows), k))
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].ids))
@@ -614,7 +588,7 @@ def beam_search(model, prompts, windows, batch_size, k=10):
             mask[row, P - len(trees[i].ids) :] = 1
 
         def allowed(_, sequence):
-            return legal.get(tuple(sequence[P:].tolist()), [prompts.eos])
+            return list(legal.get(tuple(sequence[P:].tolist()), [prompts.eos]))
 
         done = model.generate(
             ids,
@@ -706,7 +680,7 @@ def child_search(name, run, users, rows=32):
     with torch.no_grad():  # libraries load what they need
         target_logits(model, collate(build_trees(prompts, windows[:1])))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, ranking = seconds_of(rank, model, prompts, windows)
+    seconds, ranking = seconds_of(lambda: rank(model, prompts, windows, rows=rows))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
         "users": len(windows),

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from outcomes import FIELDS, read_array, read_lines
 
-from data import write_atomic
+from data import run_command, write_atomic
 from evaluate import ends_of, resample, seed_half_width
 
 DETECTED = 1.96 + 0.84  # in standard errors: what a two-sided 5% test finds 80% of the time
@@ -622,10 +622,10 @@ def statements_today(results, lines):
     rows_by_setting = {}
     for name, wanted in settings.items():
         rows = pick(lines, **wanted)
-        for row, by_seed in rows.items():
-            arguments = next(iter(by_seed.values()))["arguments"]
+        for row, seeds in rows.items():
+            arguments = next(iter(seeds.values()))["arguments"]
             if row in BY_RELEVANCE and stands_for_setup(arguments):
-                rows_by_setting[name] = rows | {"gdrt": by_seed}
+                rows_by_setting[name] = rows | {"gdrt": seeds}
     return statements_table(results, rows_by_setting)
 
 
@@ -908,8 +908,7 @@ def pyplot():
 
 def save_figure(figure, path):
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    write_atomic(path, lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
     pyplot().close(figure)
 
 
@@ -1035,4 +1034,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -437,6 +437,8 @@ def test_seeds_of_one_configuration_are_pooled():
     other = fake_run("gdrt", 1, lists, dataset, tau=3.0)
     names = ["sft tau=1.0 seed 0", "gdrt tau=1.0 seed 1", "gdrt tau=3.0 seed 1"]
     assert list(evaluate.pool([*runs[:2], other])) == names
+    newer = fake_run("sft", 0, lists, dataset, lora=8)  # a flag that the first run did not know
+    assert list(evaluate.pool([runs[0], newer])) == ["sft lora=None seed 0", "sft lora=8 seed 0"]
     with pytest.raises(InputError, match="once"):
         evaluate.pool([runs[0], runs[0]])
     runs[0]["metrics"]["worst group NLL"] = 2.0

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import ROOT, contents, json_lines, write_folder
 
 import data
 import gdrt
+from data import InputError
 
 LINUX = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
 
@@ -374,6 +376,11 @@ BAD = [
     ("--seed abc", "--seed"),
     ("--seed -1", "should lie between 0"),
     ("--eta nan", "should be positive"),
+    ("--eta 0.5", "--eta: nothing in this run reads it"),
+    ("--temperature 2", "--temperature: nothing in this run reads it"),
+    ("--loss sft --tau 2", "--tau: nothing in this run reads it"),
+    ("--loss sft --prior share", "--prior: nothing in this run reads it"),
+    ("--data-dir tests", "--data-dir: nothing in this run reads it"),
     ("--batch 0", "should be positive"),
     ("--temperature 0", "should be positive"),
     ("--accumulate 0", "should be positive"),
@@ -412,6 +419,27 @@ def test_bad_flags_end_in_one_sentence(small, tmp_path, fails, monkeypatch, flag
     assert words in fails([*small, "--out", tmp_path / "out", *flags.split()])
     left = list(tmp_path.rglob("*.json"))
     assert not left or flags == "--groups 80", "a start that failed leaves a run behind"
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="1 GPU to PyTorch, and process 1 needs one; start fewer"):
+        gdrt.pick_device("cuda")
+
+
+def test_a_built_in_name_does_not_stand_for_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("toy", "tiny", "mine"):
+        (tmp_path / name).mkdir()
+    dataset = SimpleNamespace(digest="", domain="", stats={})
+    recorded = {}
+    for flags in ("--dataset toy --model tiny", "--dataset mine --model toy"):
+        args = gdrt.parser().parse_args(flags.split())
+        recorded[flags] = gdrt.new_config(args, dataset, gdrt.TrainConfig())["arguments"]
+    built_in, folders = recorded.values()
+    assert (built_in["dataset"], built_in["model"]) == ("toy", "tiny")
+    assert (folders["dataset"], folders["model"]) == (str(tmp_path / "mine"), str(tmp_path / "toy"))
 
 
 def test_an_output_folder_that_cannot_be_made(small, tmp_path, fails):
