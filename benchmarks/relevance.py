@@ -6,9 +6,8 @@
     python benchmarks/relevance.py RUN --others OTHER ...     do other seeds' warm-ups agree with it
 
 RUN is a loss's folder, such as runs/ml-100k-tiny-seed0/gdrt. Its three relevances are measured
-before and after its warm-up: how they correlate, and what NLL their groups have. A model that has
-never seen users knows the two groups least relevant to auxiliary tokens about equally little, which
-is why there is a warm-up. Agreement is over the tokens with a choice, because a token with one
+before and after its warm-up: how they correlate, what NLL their groups have and, on toy, how well
+they find the planted bias. Agreement is over the tokens with a choice, because a token with one
 continuation is always in the last group.
 
 --shop measures the attribution along every path once (`measure`) and derives all definitions from
