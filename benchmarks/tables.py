@@ -821,7 +821,7 @@ TITLES = {  # in results/tables.md
     "toy-shop": "toy, the tiny model untrained at the start (`quality.py toy-shop`)",
     "transfer-uniform": "office and book, 10,000 windows, the tiny model untrained at the start "
     "(`quality.py transfer-uniform --data PATH/office PATH/book`)",
-    "transfer-lora": "office and book, 2,500 windows, SmolLM2-135M-Instruct with LoRA of rank 8, "
+    "transfer-lora": "office and book, 1,250 windows, SmolLM2-135M-Instruct with LoRA of rank 8, "
     "one epoch, every twelfth held-out window (`quality.py transfer-lora --data PATH/book`)",
     "epochs": "Epochs on validation windows, the setting of main (`quality.py untrained` and "
     "`epochs`); to SFT after as many epochs",
