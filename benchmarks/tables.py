@@ -223,12 +223,12 @@ def markdown(header, rows):
 
 
 def span(triple, form="{:+.3f}", scale=1, bold=True):
-    """'mean [low, high]', bold where that excludes zero; '' where there is nothing to compare.
+    """'mean [low, high]', bold where that excludes zero; '' without a finite mean.
 
     bold: whether it may be, which the interval of one seed, over users alone, may not.
     """
     mean, low, high = (scale * x for x in triple)
-    if np.isnan(mean):
+    if not np.isfinite(mean):
         return ""
     text = form.format(mean)
     if not np.isnan(low):
