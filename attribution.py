@@ -76,8 +76,8 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     """Relevance of target tokens to auxiliary tokens -> (items, L tokens), NaN if not measured.
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
-    that title as target. p is over LEGAL continuations, so that r = 1 for forced tokens, which by p
-    over toy's vocabulary are found by chance (AUC 0.51), and for all but forced ones, p > 0.99.
+    that title as target. p is over LEGAL continuations, as over the vocabulary r tells toy's forced
+    tokens from others by chance (AUC 0.51). r = 1 if only one is legal, or p > 0.99 with no user.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 

@@ -796,7 +796,7 @@ def refuse_changes(before, now, path):
         moved = name in BUILT_IN and is_folder(name, value)
         if value != old and not moved:
             raise InputError(
-                f"--resume: --{name.replace('_', '-')} is {value} now and was {old} in {path}; "
+                f"--resume: {flag_of(name)} is {value} now and was {old} in {path}; "
                 "give what it was, or another --name"
             )
     for name in ("device", "precision"):
@@ -939,13 +939,14 @@ def warm_up(setup, seed, folder, cfg):
     """Plain fine-tuning for the first updates -> seconds it took."""
     torch.manual_seed(seed)
     shape = setup.prompts.trie.path.shape
-    one_group = torch.zeros(shape, dtype=torch.long, device=cfg.device)  # (items, L + 1)
+    one_group = np.zeros(shape, dtype=int)  # (items, L + 1)
     return train_span(setup, (0, setup.warmup), one_group, sft_rule, 1, cfg, folder)
 
 
-def train_span(setup, span, group_of, rule, n_groups, cfg, folder, begin=None):
-    """`train` on the batches of a Setup -> seconds it took."""
+def train_span(setup, span, group, rule, n_groups, cfg, folder, begin=None):
+    """`train` on the batches of a Setup, by a table of groups (items, L) -> seconds it took."""
     of_run = setup.model, setup.prompts, setup.trees, setup.batches
+    group_of = torch.as_tensor(group, device=cfg.device)
     return train(*of_run, span, group_of, rule, n_groups, cfg, folder, begin)
 
 
@@ -1039,9 +1040,8 @@ def train_loss(loss, setup, groups, args, cfg, folder):
         "group-dro": group_dro_rule(args.eta),
     }
     span = setup.warmup, len(setup.batches)
-    group_of = torch.tensor(groups["group"], device=cfg.device)  # (items, L)
     folders = folder / loss, folder / "warmup" / "checkpoint.pt"
-    return train_span(setup, span, group_of, rules[loss], args.groups, cfg, *folders)
+    return train_span(setup, span, groups["group"], rules[loss], args.groups, cfg, *folders)
 
 
 def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
@@ -1507,7 +1507,8 @@ def main(argv=None):
         args.name = f"{dataset}-{model}-seed{args.seed}"
     try:
         check_utf8(args)
-        check_read(args)
+        if not args.resume:  # otherwise the flags are compared with those of the run
+            check_read(args)
         if args.name in (".", "..") or set(args.name) & set("/\\"):
             raise InputError(
                 f"--name {args.name}: give a folder name without slashes; --out says where it goes"
@@ -1534,13 +1535,18 @@ def main(argv=None):
         sys.exit(130)
 
 
+def flag_of(name):
+    """The flag whose value argparse stores under this name."""
+    return "--" + name.replace("_", "-")
+
+
 def check_utf8(args):
     """InputError if a flag holds bytes that are not UTF-8, which no JSON file could name."""
     for name, value in vars(args).items():
         try:
             str(value).encode()
         except UnicodeEncodeError:
-            flag = f"--{name.replace('_', '-')} {ascii(value)}"
+            flag = f"{flag_of(name)} {ascii(value)}"
             raise InputError(f"{flag}: not UTF-8; rename the folder, or choose --name") from None
 
 
@@ -1553,11 +1559,11 @@ def check_read(args):
         "temperature": args.train_softmax == "trie",
         "data_dir": args.dataset in PUBLISHED,
     }
+    usual = parser()
     for name, is_read in read_where.items():
-        given = getattr(args, name) != parser().get_default(name)
-        if given and not is_read and not args.resume:
+        if not is_read and getattr(args, name) != usual.get_default(name):
             raise InputError(
-                f"--{name.replace('_', '-')}: nothing in this run reads it; leave it out, or "
+                f"{flag_of(name)}: nothing in this run reads it; leave it out, or "
                 "choose the --loss, --train-softmax or --dataset that does"
             )
 

@@ -453,9 +453,8 @@ def train_rest(begun, group, rule, n_groups):
     """Train the start's model from the warm-up's end on -> (seconds, [one line per update])."""
     span = (begun.setup.warmup, len(begun.setup.batches))
     checkpoint = Path(begun.folder.name) / "warmup" / "checkpoint.pt"
-    group_of = torch.tensor(group, device=begun.cfg.device)
     with tempfile.TemporaryDirectory() as folder:
-        rest = (span, group_of, rule, n_groups, begun.cfg, Path(folder), checkpoint)
+        rest = (span, group, rule, n_groups, begun.cfg, Path(folder), checkpoint)
         seconds = gdrt.train_span(begun.setup, *rest)
         lines = gdrt.complete_lines(Path(folder) / "metrics.jsonl")
     return seconds, [json.loads(line) for line in lines]

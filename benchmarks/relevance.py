@@ -290,8 +290,7 @@ class Shop:
     def train(self, group, span, folder, checkpoint=None, rule=None, n_groups=4):
         begin = checkpoint or Path(self.begun.folder.name) / "warmup" / "checkpoint.pt"
         rule = rule or gdrt.gdrt_rule(GDRT["tau"], GDRT["prior"])
-        group_of = torch.tensor(group, device=self.begun.cfg.device)
-        rest = span, group_of, rule, n_groups, self.begun.cfg, folder, begin
+        rest = span, group, rule, n_groups, self.begun.cfg, folder, begin
         return gdrt.train_span(self.begun.setup, *rest)
 
     def file(self, name, ending):
@@ -670,11 +669,9 @@ def one_run(args):
                 f"{other}: other data or another model than {args.run}; "
                 "give runs that differ in their seed"
             )
-    model, _ = start_model(flags.model, dataset, args.cache)
-    if flags.lora:
-        gdrt.add_lora(model, flags.lora, flags.seed, gdrt.TrainConfig())
-    windows = gdrt.draw_windows(dataset.train, flags.windows, flags.seed)
-    dataset = dataclasses.replace(dataset, train=windows)
+    setup = gdrt.prepare(flags, dataset, gdrt.TrainConfig())
+    model = setup.model
+    dataset = dataclasses.replace(dataset, train=setup.windows)
     drawn = args.steps, flags.seed
     found, seconds = measure_relevance(model, prompts, dataset, *drawn)
     before = describe(model, prompts, dataset, found, seconds, *drawn)

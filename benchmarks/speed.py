@@ -574,7 +574,8 @@ def beam_search(model, prompts, windows, batch_size, k=10):
 
     renormalize_logits takes the log-softmax again after the mask, and so over legal continuations.
     """
-    legal = legal_continuations([*title, prompts.eos] for title in prompts.titles)
+    found = legal_continuations([*title, prompts.eos] for title in prompts.titles)
+    legal = {prefix: list(tokens) for prefix, tokens in found.items()}
     trees = build_trees(prompts, windows, pack=False, targets=False)
     scores = np.empty((len(windows), k))
     order = sorted(range(len(trees)), key=lambda i: len(trees[i].ids))
@@ -588,7 +589,7 @@ def beam_search(model, prompts, windows, batch_size, k=10):
             mask[row, P - len(trees[i].ids) :] = 1
 
         def allowed(_, sequence):
-            return list(legal.get(tuple(sequence[P:].tolist()), [prompts.eos]))
+            return legal.get(tuple(sequence[P:].tolist()), [prompts.eos])
 
         done = model.generate(
             ids,
