@@ -76,8 +76,8 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     """Relevance of target tokens to auxiliary tokens -> (items, L tokens), NaN if not measured.
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
-    that title as target. p is over LEGAL continuations, as over the vocabulary r tells toy's forced
-    tokens from others by chance (AUC 0.51). r = 1 if only one is legal, or p > 0.99 with no user.
+    that title as target. p is over LEGAL continuations: over the vocabulary r tells toy's tokens of
+    taste from the rest by chance (AUC 0.51). r = 1 if only one is legal, or p > 0.99 with no user.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
@@ -104,8 +104,8 @@ def cut(r, weight, n_groups):
     # No r is split: one heavier than an equal share counts as one, so that no group stays empty.
     size = mass.sum() / n_groups
     large = np.zeros(len(mass), bool)
-    while len(values) >= n_groups and (mass[~large] > size).any():
-        large = mass > size
+    while len(values) >= n_groups and (mass[~large] > size * (1 + 1e-9)).any():
+        large |= mass > size * (1 + 1e-9)  # the factor: sums of fractions are rounded
         size = mass[~large].sum() / (n_groups - large.sum())
     capped = np.minimum(mass, size)
     # Each r belongs to the group into which the middle of its weight falls.
@@ -501,13 +501,14 @@ def grouped_nll(model, inputs):
 DIAGNOSED = 200  # windows, at most, that the diagnosis reads
 
 
-def diagnose(model, prompts, windows, seed=0, device="cpu"):
+def diagnose(model, prompts, windows, seed=0, device="cpu", softmax="full"):
     """{"user information", "language share"} of the model as it stands (our choice).
 
     user information: mean over windows of log p(title | history) - log p(title | no history), in
     nats over legal continuations; near 0 the model does not use the user, and an attribution to
-    the user is noise. language share: the part of SFT's loss, over the vocabulary, that tokens with
-    one continuation hold; near 0 there is no language bias for group weights to remove.
+    the user is noise. language share: the part of SFT's loss, over the vocabulary ('full') or legal
+    continuations ('trie'), that tokens with one continuation hold; near 0 there is no language bias
+    for group weights to remove.
     """
     chosen = np.random.default_rng(seed).permutation(len(windows))[:DIAGNOSED]
     windows = [windows[i] for i in sorted(chosen.tolist())]
@@ -519,9 +520,10 @@ def diagnose(model, prompts, windows, seed=0, device="cpu"):
     without = np.mean([by_title[w.items[w.stop]] for w in windows])
     continuations = np.diff(prompts.trie.first)  # how many each node of the trie has
     certain = continuations[prompts.trie.path[item, place]] == 1  # (N,)
+    log_p = full if softmax == "full" else legal
     return {
         "user information": float(legal.sum() / len(windows) - without),
-        "language share": float(full[certain].sum() / full.sum()) if full.sum() else 0.0,
+        "language share": abs(float(log_p[certain].sum() / log_p.sum())) if log_p.sum() else 0.0,
     }
 
 
@@ -673,12 +675,15 @@ def span_table(record):
     return header, rows
 
 
-def choose_window(dataset, user=None, title=None):
-    """The user's last test window (default: the first of all), its target replaced by `title`."""
-    windows = [w for w in dataset.test if user is None or dataset.users[w.user] == user]
+def choose_window(dataset, user=None, title=None, part="test"):
+    """The user's last window of a part (default: the first of all), its target set to `title`."""
+    windows = getattr(dataset, part)
+    windows = [w for w in windows if user is None or dataset.users[w.user] == user]
     if not windows:
         some = normalize_text(", ".join(dataset.users[:5]))
-        raise InputError(f"--user {user}: no test window of this user; there are {some} and others")
+        raise InputError(
+            f"--user {user}: no {part} window of this user; there are {some} and others"
+        )
     window = windows[0] if user is None else windows[-1]
     if title is None:
         return window
@@ -725,8 +730,9 @@ def main(argv=None):
     if not 1 <= args.steps <= MOST_STEPS:
         raise InputError(f"--steps {args.steps}: give a number from 1 to {MOST_STEPS:,}")
     places = args.cache, args.data_dir, args.dataset
-    _, dataset, model, tokenizer, prompts = load_run(args.run, *places)
-    window = choose_window(dataset, args.user, args.title)
+    config, dataset, model, tokenizer, prompts = load_run(args.run, *places)
+    part = "valid" if config["arguments"]["no_test"] else "test"
+    window = choose_window(dataset, args.user, args.title, part)
     record = token_attribution(model, tokenizer, prompts, window, args.method, args.steps)
     record = name_items(record, dataset.titles)
     user = dataset.users[window.user]

@@ -1971,6 +1971,12 @@ def reason_of(error):
     return normalize_text(str(error))[:200] or type(error).__name__
 
 
+def is_out_of_memory(error):
+    """Is memory what was missing? For that of a CPU PyTorch has no exception of its own."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 @torch.no_grad()
 def reads_tokens(model, special=(), length=12):
     """Does the model use token ids for more than their embeddings?
@@ -2272,9 +2278,9 @@ def supports_packing(model, prompts, windows, device="cpu", tolerance=1e-3):
             if wrong_error < 0.1:
                 with enlarged(model, factor):
                     error, wrong_error = packing_error(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # The model expects another shape of mask, or takes no position ids.
         return False
     return error < 0.01 * wrong_error
@@ -2290,9 +2296,9 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
     try:
         with torch.no_grad():
             target_logits(model.eval(), collate([longest], device))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"--model: cannot read the longest prompt, {len(longest.ids)} tokens "
             f"({reason_of(error)}); choose another model"

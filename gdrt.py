@@ -139,7 +139,7 @@ def run(args):
     write_config(folder, config, setup, dataset, cfg)
     untrained = copy.deepcopy(trained_weights(setup.model))
     # 4. SFT warm-up, shared by all losses: a model that has seen no user cannot be asked about one.
-    warmup_seconds = warm_up(setup, args.seed, folder / "warmup", cfg)
+    warmup_seconds = warm_up(setup, folder / "warmup", cfg)
     # 5. The relevance of every target token to its auxiliary tokens.
     # 6. Groups of similar relevance.
     groups = form_groups(setup, args, cfg, folder / "groups.json")
@@ -206,6 +206,7 @@ from data import (
     forgive_stdout,
     hide_bar,
     is_complete,
+    is_out_of_memory,
     legal_tokens,
     load_dataset,
     make_prompts,
@@ -234,7 +235,7 @@ from evaluate import (
 from report import write_report
 
 HEAT_STEPS = 32  # points of the heat map's path; on toy its gap to completeness is then 0.16%
-FORMAT = 2  # version of checkpoint.pt; files of another version are refused
+FORMAT = 3  # version of checkpoint.pt; files of another version are refused
 BEGAN = time.perf_counter()  # when this process began
 BETAS = (0.9, 0.99)  # of AdamW
 WEIGHT_DECAY = 0.01
@@ -260,6 +261,7 @@ class TrainConfig(NamedTuple):
     world: int = 1
     device: str = "cpu"
     save_every: int = 100  # updates between checkpoints
+    seed: int = 0  # of dropout
 
 
 # ---------------------------------------------------------------- another rule for q
@@ -300,15 +302,20 @@ def micro_batches(trees, cfg):
     return [collate(mine[i : i + size], cfg.device) for i in range(0, len(mine), size)]
 
 
-def kept_random_state(cfg):
-    """Context manager: afterwards the random state is as before, on GPUs as well."""
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if cfg.device == "cuda" else ())
+def seed_dropout(step, cfg):
+    """Make the noise of an update depend on its number, the seed and the rank, and nothing else.
+
+    So a resumed run draws what it would have drawn, and every loss draws the same.
+    """
+    noise = np.random.SeedSequence((cfg.seed, step, cfg.rank)).generate_state(1)
+    torch.manual_seed(int(noise[0]))
 
 
 @contextlib.contextmanager
 def replayed_without_gradient(cfg):
     """Inside, no gradient; afterwards the random state is as before, so that dropout repeats."""
-    with kept_random_state(cfg), torch.no_grad():
+    devices = [torch.cuda.current_device()] if cfg.device == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
         yield
 
 
@@ -436,7 +443,7 @@ def add_lora(model, rank, seed, cfg):
         layer.lora_B = torch.nn.Parameter(torch.zeros(outside, rank, device=cfg.device))
         layer.register_forward_hook(add_low_rank_term)
     with frozen_in_bf16(model, cfg):
-        pass  # rounds the frozen weights once, if cfg says so; later round trips are then exact
+        pass  # rounds the frozen weights for the whole run, if cfg says so
 
 
 def layers_to_adapt(model, rank, cfg):
@@ -510,8 +517,9 @@ def merged_weights(model):
 def frozen_in_bf16(model, cfg):
     """Inside, if cfg says so, the matrices that are not trained take two bytes a weight.
 
-    Autocast would round them for every product anyway, so training passes stay the same to the bit.
-    The rest of a run sees them in fp32. What the embedding returns is fp32 throughout.
+    As add_lora has rounded them, the way back to fp32 is exact, and the rest of a run sees them so.
+    Autocast would round them for every product anyway, and what the embedding returns is fp32
+    throughout, so training passes are the same to the bit.
     """
     matrices = [p for p in model.parameters() if p.dim() > 1 and not p.requires_grad]
     if cfg.frozen != "bf16" or not matrices:
@@ -579,7 +587,7 @@ class Journal:
         self.checkpoint = folder and folder / "checkpoint.pt"
         if folder and self.checkpoint.exists():
             self.state, self.start = load_checkpoint(self.checkpoint, model, optimizer)
-            self.lines = updates_before(self.start, folder / "metrics.jsonl")
+            self.lines = updates_between(span[0], self.start, folder / "metrics.jsonl")
         elif begin:
             _, self.start = load_checkpoint(begin, model, optimizer)
         if self.writes:
@@ -605,6 +613,7 @@ class Journal:
         self.progress = tqdm(range(self.start, self.stop), desc=name, disable=hide_bar())
         for step in self.progress:
             self.began = time.perf_counter()
+            seed_dropout(step, self.cfg)
             yield step
 
     def record(self, step, line, trees, indices):
@@ -657,8 +666,6 @@ def save_checkpoint(path, model, optimizer, state, step):
         "optimizer": optimizer.state_dict(),
         "state": state,
         "step": step,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
     def write(file):
@@ -682,12 +689,10 @@ def load_checkpoint(path, model, optimizer):
             )
         load_trained(model, kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
-        torch.set_rng_state(kept["rng"])
-        torch.cuda.set_rng_state_all(kept["cuda_rng"][: torch.cuda.device_count()])
         return kept["state"].to(next(model.parameters()).device), kept["step"]
-    except torch.OutOfMemoryError:  # a RuntimeError, too, but the file is whole
-        raise
     except broken as error:
+        if is_out_of_memory(error):  # the file is whole
+            raise
         raise InputError(
             f"{path}: not a checkpoint of this run ({reason_of(error)}); delete it, "
             "and --resume repeats that part"
@@ -712,16 +717,20 @@ def complete_lines(path):
     return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
-def updates_before(start, path):
-    """The lines of metrics.jsonl on the updates before number `start`, as dicts."""
+def updates_between(start, stop, path):
+    """The lines of metrics.jsonl on the updates `start` to `stop` - 1, as dicts."""
     try:
         lines = [json.loads(line) for line in complete_lines(path)]
-        return [line for line in lines if line["step"] < start]
+        lines = [line for line in lines if line["step"] < stop]
+        whole = [line["step"] for line in lines] == list(range(start, stop))
     except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
         raise InputError(
             f"{path}: not as gdrt.py wrote it; delete it and the checkpoint.pt beside it, "
             "and --resume repeats that part"
-        ) from None
+        )
+    return lines
 
 
 # ---------------------------------------------------------------- the ten steps of a run
@@ -866,7 +875,7 @@ def prepare(args, dataset, cfg):
 def try_update(model, trees, name, cfg):
     """Refuse a model that fails in forward or backward, by an InputError, before time is spent.
 
-    Weights, gradients and the random state are left as they were.
+    Weights and gradients are left as they were.
     """
     batch = collate([max(trees, key=lambda tree: len(tree.ids))], cfg.device)
     failed = gradient_failure(model, batch, cfg)
@@ -884,14 +893,13 @@ def gradient_failure(model, batch, cfg):
     training = model.training
     model.train()
     try:
-        with contextlib.ExitStack() as stack:  # as in Journal, but keeping the random state
-            stack.enter_context(kept_random_state(cfg))
+        with contextlib.ExitStack() as stack:  # as in Journal
             stack.enter_context(attention(model, training_attention(model, cfg)))
             stack.enter_context(frozen_in_bf16(model, cfg))
             training_logits(model, batch, cfg).logsumexp(-1).mean().backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever the code of somebody else's model raises
+        if is_out_of_memory(error):
+            raise
         return error
     finally:
         model.zero_grad(set_to_none=True)
@@ -935,9 +943,8 @@ def write_config(folder, config, setup, dataset, cfg):
     write_atomic(path, json.dumps(config, indent=1))
 
 
-def warm_up(setup, seed, folder, cfg):
+def warm_up(setup, folder, cfg):
     """Plain fine-tuning for the first updates -> seconds it took."""
-    torch.manual_seed(seed)
     shape = setup.prompts.trie.path.shape
     one_group = np.zeros(shape, dtype=int)  # (items, L + 1)
     return train_span(setup, (0, setup.warmup), one_group, sft_rule, 1, cfg, folder)
@@ -954,7 +961,7 @@ def form_groups(setup, args, cfg, path):
     """What groups.json holds: relevance and group of every target token, measured once a run."""
     if not path.exists():
         model, prompts, windows = setup.model, setup.prompts, setup.windows
-        found = diagnose(model, prompts, windows, args.seed, cfg.device)
+        found = diagnose(model, prompts, windows, args.seed, cfg.device, cfg.softmax)
         start = time.perf_counter()
         r = relevance(model, prompts, windows, args.relevance, seed=args.seed, device=cfg.device)
         group, cuts, shares = cut_groups(r, windows, args.groups)
@@ -1165,6 +1172,7 @@ def make_train_config(args):
         world=world,
         device=device,
         save_every=args.save_every,
+        seed=args.seed,
     )
 
 
@@ -1253,6 +1261,8 @@ def positive(kind, infinite=False):
             raise argparse.ArgumentTypeError(f"{text} should be positive")
         if value == math.inf and not infinite:
             raise argparse.ArgumentTypeError(f"{text} should be finite")
+        if value < 1e-30:
+            raise argparse.ArgumentTypeError(f"{text} is too small for float32; give 1e-30 or more")
         return value
 
     number.__name__ = kind.__name__  # argparse names the type in its message
@@ -1350,8 +1360,8 @@ def model_flags(add):
         default=0,
         metavar="R",
         help="LoRA: train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all "
-        "weights. The frozen weights are bf16 in training on a GPU, or where --precision bf16 is "
-        "given",
+        "weights. On a GPU, or where --precision bf16 is given, the frozen weights are rounded to "
+        "bf16 for the whole run, which changes none of a model that was published in bf16",
     )
     add(
         "--device",
@@ -1364,7 +1374,7 @@ def model_flags(add):
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="of training passes; auto: bf16 where the hardware is fast at it. Weights, scores and "
-        "relevance are fp32",
+        "relevance are fp32 (weights that --lora freezes: see there)",
     )
 
 
@@ -1399,7 +1409,7 @@ def method_flags(add):
         "--prior",
         choices=("uniform", "share"),
         default="uniform",
-        help="what GDRT's q is pulled to: 1/K each, or the groups' token shares",
+        help="what GDRT's q is pulled to: equal weights of a batch's groups, or their token shares",
     )
     add("--eta", type=positive(float), default=0.01, help="step size of --loss group-dro")
     add(
@@ -1523,7 +1533,9 @@ def main(argv=None):
         if has_begun(args):
             advice = "what was written before is whole: mend it and add --resume"
         complain(f"{error.filename or args.out}: {error.strerror or error}; {advice}")
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         complain(
             "the device ran out of memory; raise --accumulate, which changes the result by "
             f"rounding alone{', and give another --name' if has_begun(args) else ''}"

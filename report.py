@@ -34,8 +34,7 @@ mark { background: #cfe6d4; } .scale { display: inline-block; width: 11rem; heig
 .part { padding: .1rem .25rem; border: 1px solid #d5d8db; } .template { border-style: dashed; }
 """
 TEMPLATE = """
-{%- macro table(header, rows) -%}
-<div class="scroll"><table>
+{%- macro table(header, rows) -%}<div class="scroll"><table>
 <thead><tr>{% for cell in header %}<th>{{ cell }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr>{% for cell in row %}<td>
 {{- cell if cell is string or cell is not iterable else cell|join(", ") }}</td>{% endfor %}</tr>
@@ -53,7 +52,7 @@ TEMPLATE = """
 {{ caller(parts[heading]) }}</section>{% endif %}{% endmacro -%}
 {%- macro heatmap(record) -%}
 {#- One marker token may outweigh all others: the colours saturate where 2% of the values lie. -#}
-{%- set sums, most = span_sums(record), quantile(abs(record["values"]), 0.98) -%}
+{%- set sums, most = span_sums(record), np.quantile(np.abs(record["values"]), 0.98) -%}
 <p>Attribution by {{ record.method }}{% if record.gap is not none %}, gap to completeness
 {#- #} {{ "%.2f"|format(100 * record.gap) }}% at {{ record.steps }} points{% endif %}: a row for
 each target token. A box is a part of the prompt with its sum in nats; hover for figures.</p>
@@ -71,8 +70,7 @@ linear-gradient(90deg, {{ shade(-1, 1) }}, #fff, {{ shade(1, 1) }})"></span>
 {% endfor %}</div></div>{% endfor %}{% endmacro -%}
 <!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width"><style>{{ style }}</style></head>
-<body><h1>{{ title }}</h1>
-{% if record %}{{ heatmap(record) }}{% elif parts %}
+<body><h1>{{ title }}</h1>{% if record %}{{ heatmap(record) }}{% elif parts %}
 {% set run = config.arguments %}<p class="lead">{{ run.dataset }}, {{ run.split }}, model
 {{ run.model }}, seed {{ run.seed }}: {{ runs|join(" and ") }} from one start, same batches.</p>
 {% if not parts.Training.svg %}<p>The plots need matplotlib: pip install matplotlib, then
@@ -81,13 +79,12 @@ python evaluate.py {{ folder }} --report</p>{% endif %}
 <a href="#{{ heading|lower|replace(' ', '-') }}">{{ heading }}</a>{% endfor %}</nav>
 {%- call(part) section("Results") %}<p>{{ "{:,}".format(config.facts[split ~ " windows"]) }}
 {{ split }} windows; all {{ "{:,}".format(config.facts["items"]) }} titles ranked. MGU, DGU:
-distance between the popularity of what is listed and of what was chosen in training, the lower the
-fairer. Aux share: how much of the attribution rests on the task and the title's own prefix.
-Seconds: training, with warm-up and relevance.</p>
-{{ table(*part.table) }}{% for name, found in part.differences.items() %}
+how far the lists' popularity is from that of choices in training, lower is fairer. Aux share: how
+much of the attribution rests on the task and the title's own prefix. Seconds: training, warm-up and
+relevance.</p>{{ table(*part.table) }}{% for name, found in part.differences.items() %}
 <p class="lead">{{ name }} less SFT: {% for measure, ends in found.items() %}{{ measure }}
-{{ in_brackets(*ends, sign="+") }}{{ "" if loop.last else "; " }}{% endfor %}. In brackets: 95% of a
-paired bootstrap over users, on one seed.</p>{% endfor %}{% endcall %}
+{{ evaluate.in_brackets(*ends, sign="+") }}{{ "" if loop.last else "; " }}{% endfor %}. In brackets:
+95% of a paired bootstrap over users, on one seed.</p>{% endfor %}{% endcall %}
 {%- call(plot) section("Training") %}<p>By update, after the warm-up that all losses share; running
 means over a fortieth of the updates; NLL in nats a token. Group 0 holds the target tokens least
 relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) }}{% endcall %}
@@ -95,13 +92,13 @@ relevant to auxiliary tokens: those that need the user most.</p>{{ figure(plot) 
 auxiliary tokens, and the {{ split }} windows' NLL in each group, in nats a token.</p>
 {{ table(*part) }}{% endcall %}
 {%- call(part) section("Attribution") %}<p>The sum of |A aux| over that of |A aux| + |A user|, for
-the target tokens of {{ part.of.windows }} windows, by gradient of one in {{ every }}. First tokens
-are where a title is chosen. By ablation below: by group (0 is the least relevant) and by place.</p>
+the target tokens of {{ part.of.windows }} windows (gradient: one in {{ evaluate.GRADIENT_EVERY }}).
+First tokens choose a title. By ablation below: by group (0 is the least relevant) and by place.</p>
 {{ table(*part.table) }}{{ figure(part.plot) }}{% endcall %}
 {%- call(part) section("Exposure") %}<p>What each fifth of the catalogue, by popularity in training,
-has of the training positives and of the top 10 lists.</p>{{ figure(part.plot) }}<p>{{ note }}</p>
-<p>NDCG@10 by thirds of the windows, cut by the training positives of the user, and of the title to
-be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %}
+has of the training positives and of the top 10 lists.</p>{{ figure(part.plot) }}
+<p>{{ evaluate.NOTE }}</p><p>NDCG@10 by thirds of the windows, cut by the training positives of the
+user, and of the title:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %}
 {%- call(logs) section("Users") %}{% set first = (logs.values()|list)[0] %}
 {%- set every = (first|length / 6)|round(0, "ceil")|int %}<p>One in {{ every }} of
 {{ first|length }} windows, not chosen by hand. The title that the user chose is marked.</p>
@@ -111,13 +108,13 @@ be found:</p>{% for by in part.tables %}{{ table(*by) }}{% endfor %}{% endcall %
 {{ titles(name, lines[i].titles, line.target) }}{% endfor %}</div>{% endfor %}{% endcall %}
 {%- call(record) section("Heat map") %}{{ heatmap(record) }}{% endcall %}
 {%- call(tables) section("Settings") -%}
-{{ fold("Arguments, data, versions, machine", tables) }}{% endcall %}
-{%- endif %}</body></html>
+{{ fold("Arguments, data, versions, machine", tables) }}{% endcall %}{% endif %}</body></html>
 """
 RAISES = (107, 174, 214)  # blue and orange, which colour-blind readers can tell apart
 LOWERS = (253, 174, 107)
 COLOURS = {"training positives": "#c6cad0", BEFORE: "#8d96a0", "SFT": "#3f74b5", "GDRT": "#d9822b"}
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "gdrt", "font.size": 9, "legend.frameon": False}
+LOOK |= {"axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.3, "axes.titleweight": "bold"}
 
 
 def shade(value, largest):
@@ -128,10 +125,14 @@ def shade(value, largest):
 
 
 # With a title and a record it renders a heat map; with what write_report gathers, a report.
-KNOWN = {"shade": shade, "span_sums": span_sums, "quantile": np.quantile, "abs": np.abs}
-KNOWN |= {"in_brackets": evaluate.in_brackets}
-KNOWN |= {"style": Markup(STYLE), "note": evaluate.NOTE, "every": evaluate.GRADIENT_EVERY}
+KNOWN = dict(np=np, evaluate=evaluate, span_sums=span_sums, shade=shade, style=Markup(STYLE))
 PAGE = jinja2.Environment(autoescape=True).from_string(TEMPLATE, KNOWN)
+
+
+def means(y, n):
+    """Means over n neighbours each, without those that are NaN; None where all of them are."""
+    sums = np.convolve(np.nan_to_num(y), np.ones(n), "valid")
+    return (sums / np.ma.masked_equal(np.convolve(np.isfinite(y), [1] * n, "valid"), 0)).tolist()
 
 
 def draw(axis, title, x, series, shades):
@@ -143,9 +144,8 @@ def draw(axis, title, x, series, shades):
     else:
         n = max(1, len(x) // 40)
         for (name, y), colour in zip(series.items(), colours):
-            axis.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), label=name, color=colour)
-    axis.set_title(title, loc="left", weight="bold")
-    axis.grid(axis="y", alpha=0.3)
+            axis.plot(x[n - 1 :], means(y, n), label=name, color=colour)
+    axis.set_title(title, loc="left")
     axis.set_ylim(bottom=0)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize=8)
 
@@ -155,7 +155,7 @@ def tabulate(title, x, series):
     if isinstance(x[0], str):
         return (title, *x), [(name, *map(fmt, y)) for name, y in series.items()]
     n = max(1, len(x) // 10)
-    rows = [(name, fmt(np.mean(y[:n])), fmt(np.mean(y[-n:]))) for name, y in series.items()]
+    rows = [(k, fmt(means(y[:n], n)[0]), fmt(means(y[-n:], n)[0])) for k, y in series.items()]
     return (title, "first tenth", "last tenth"), rows
 
 
@@ -183,11 +183,11 @@ def training_panels(runs):
     """NLL, NLL by group and q over the updates; runs: {name: folder of the loss}."""
     for name, run in runs.items():
         lines = [line for _, line in evaluate.read_lines(run / "metrics.jsonl")]
-        steps, loss, nll = zip(*((line["step"], line["loss"], line["nll"]) for line in lines))
-        yield name, steps, {"loss": loss, "mean NLL": nll}
+        log = {key: np.array(y).T for key, y in zip(lines[0], zip(*map(dict.values, lines)))}
+        log["group_nll"][log["n"] == 0] = np.nan  # the group was absent, which is no NLL of 0
+        yield name, log["step"], {"loss": log["loss"], "mean NLL": log["nll"]}
         for title, key in (("NLL by group", "group_nll"), ("weight q by group", "q")):
-            values = np.array([line[key] for line in lines]).T
-            yield f"{name}: {title}", steps, {f"group {g}": y for g, y in enumerate(values)}
+            yield f"{name}: {title}", log["step"], {f"group {g}": y for g, y in enumerate(log[key])}
 
 
 def attribution_part(audits):

@@ -176,7 +176,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "toy": ((*BASE, *TOY_CONTROLS), 3),
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
     "smollm2-10k": ((*SMOLLM2_PAIR, "gdrt uniform by ablation", "msl at SFT's rate"), 2),
-    "smollm2-10k-epochs": (SMOLLM2_PAIR, 1),
+    "smollm2-10k-epochs": (SMOLLM2_PAIR, 2),
     "smollm2-10k-all": (SMOLLM2_PAIR, 2),
     "main": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, "msl at SFT's rate"), 5),
     "toy-shop": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, *SHOP_CONTROLS), 5),
@@ -435,8 +435,9 @@ def start(text, data_dir, cache, device, precision):
     setup = gdrt.prepare(args, dataset, cfg)
     before = copied(setup.model)
     folder = tempfile.TemporaryDirectory()
-    seconds = gdrt.warm_up(setup, args.seed, Path(folder.name) / "warmup", cfg)
-    found = diagnose(setup.model, setup.prompts, setup.windows, args.seed, cfg.device)
+    seconds = gdrt.warm_up(setup, Path(folder.name) / "warmup", cfg)
+    read = setup.model, setup.prompts, setup.windows
+    found = diagnose(*read, args.seed, cfg.device, cfg.softmax)
     return Start(dataset, setup, cfg, folder, before, copied(setup.model), seconds, found, {})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import decimal
+import itertools
 import json
 
 import numpy as np
@@ -25,6 +26,7 @@ import gdrt
 from attribution import (
     ablations,
     attributions,
+    cut,
     cut_groups,
     forward_mode,
     log_prob_derivative,
@@ -514,6 +516,14 @@ def test_a_large_tie_takes_one_group_and_leaves_the_others(share, value):
         assert max(others) - min(others) < 0.01
 
 
+@pytest.mark.parametrize("n", range(2, 30))
+def test_equal_weights_that_are_fractions_are_cut_evenly(n):
+    """Their sum is rounded, by which each alone may be heavier than its share of it."""
+    for weight in 0.1, 0.7, 1 / n:
+        group, _, shares = cut(np.linspace(0, 1, n), np.full(n, weight), n)
+        assert group.tolist() == list(range(n)) and shares == pytest.approx(np.full(n, 1 / n))
+
+
 def test_an_empty_group_is_an_error():
     r = np.array([[0.0, 1.0], [1.0, 1.0], [0.5, 0.5]])
     assert len(cut_groups(r, targets([2, 1, 1]), 3)[2]) == 3
@@ -548,3 +558,43 @@ def test_agreement_of_relevance_between_samples_and_warmups(small, tmp_path, mon
     config.write_text(config.read_text().replace('"data": "', '"data": "x'))
     with pytest.raises(InputError, match="other/sft: other data"):
         study.main([one, "--others", other, "--out", str(out)])
+
+
+@pytest.mark.parametrize("method", ["gradient", "ablation"])
+def test_the_rule_of_99_percent_asks_for_p_and_not_for_r(monkeypatch, method):
+    """All attributions are 1 nat, so r is 1.5 / 2.5, but for tokens that are certain."""
+    model = small_model()
+    model.lm_head = torch.nn.Linear(model.lm_head.weight.shape[1], 40)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.nn.init.zeros_(model.lm_head.bias)
+    model.lm_head.bias.data[5] = 6.0  # of the first tokens 5 and 6, 5 has p = 0.9975
+    titles = [[5, 7], [6, 7]]
+    trie = build_trie([title + [1] for title in titles])
+    prompts = random_prompts(2)._replace(titles=titles, trie=trie)
+    windows = [Window(0, (1, 0), 0, 1), Window(1, (0, 1), 0, 1)]
+
+    def one_nat(model, batch, *rest):
+        return torch.ones(2, len(batch.label))
+
+    monkeypatch.setattr(attribution, "segment_attributions", one_nat)
+    r = relevance(model, prompts, windows, method)
+    assert r[:, :3].tolist() == [[1, 1, 1], [pytest.approx(0.6), 1, 1]]
+
+
+def test_the_seed_draws_the_windows_that_relevance_is_measured_on():
+    prompts = random_prompts(2, 6, letters=4)
+    histories = enumerate(itertools.permutations(range(6), 3))
+    windows = [Window(user, items, 0, 2) for user, items in histories]
+    args = small_model(), prompts, windows, "ablation"
+    first, again, other = (relevance(*args, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again, equal_nan=True)
+    assert np.nanmax(np.abs(first - other)) > 1e-3
+
+
+def test_the_sample_takes_the_tree_with_the_most_missing_targets():
+    """Of the targets 1 2 3 4 8, 1 2 3 5 and 5 6 7, the first and the last are all."""
+    windows = []
+    for user, items in enumerate([(0, 1, 2, 3, 4, 8), (0, 1, 2, 3, 5), (0, 5, 6, 7)]):
+        windows += [Window(user, items, 0, stop) for stop in range(1, len(items))]
+    for seed in range(5):
+        assert {window.user for window in sample_windows(windows, seed)} == {0, 2}

@@ -65,6 +65,10 @@ def test_language_share_is_the_loss_of_tokens_without_a_choice(world):
     assert found == pytest.approx(forced / everything, abs=1e-5)
 
 
+def test_without_a_loss_on_forced_tokens_no_loss_is_language(world):
+    assert diagnose(*world, softmax="trie")["language share"] == 0
+
+
 def test_the_diagnosis_reads_a_seeded_sample(world, monkeypatch):
     model, prompts, windows = world
     monkeypatch.setattr(attribution, "DIAGNOSED", 5)

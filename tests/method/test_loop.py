@@ -1,5 +1,6 @@
 """The loop against autograd through the losses, and against a plain loop over separate prompts."""
 
+import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from conftest import (
     small_model,
 )
 
+import attribution
 import gdrt
 from data import (
     build_trees,
@@ -327,6 +329,16 @@ def test_all_losses_see_the_same_batches(launch):
     assert lines["sft"][-1]["group_nll"] != lines["gdrt"][-1]["group_nll"]
 
 
+def test_the_noise_of_an_update_depends_on_its_number_the_seed_and_the_rank_alone():
+    def noise(step, **where):
+        gdrt.seed_dropout(step, gdrt.TrainConfig(**where))
+        return torch.rand(4).tolist()
+
+    first = noise(5)
+    assert noise(5) == first
+    assert first not in (noise(6), noise(5, seed=1), noise(5, rank=1))
+
+
 @pytest.mark.slow  # test_trees.py has a small version
 def test_no_pack_follows_the_same_curve(launch):
     packed = launch("--loss", "sft", "gdrt")
@@ -342,3 +354,74 @@ def test_no_pack_follows_the_same_curve(launch):
             assert ours["n"] == theirs["n"]
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
             assert ours["group_nll"] == pytest.approx(theirs["group_nll"], abs=1e-4)
+
+
+def test_training_has_the_models_dropout():
+    """The model arrives in evaluation mode, as from_pretrained leaves it."""
+    prompts = random_prompts(2)
+    trees = build_trees(prompts, random_windows(12, 4, users=2))
+    group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
+    model = small_model().eval()
+    modes = []
+    model.register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    updates = [list(range(len(trees)))], (0, 1)
+    gdrt.train(model, prompts, trees, *updates, group, gdrt.sft_rule, 1, gdrt.TrainConfig())
+    assert modes and all(modes)
+
+
+def setup_of(small, seed, *more):
+    """(arguments, TrainConfig, Dataset, Setup) of a run with adapters, by its flags."""
+    args = gdrt.parser().parse_args([*small, "--lora", "4", "--seed", str(seed), *more])
+    cfg = gdrt.make_train_config(args)
+    dataset = gdrt.load_dataset(args.dataset, min_rating=args.min_rating)
+    return args, cfg, dataset, gdrt.prepare(args, dataset, cfg)
+
+
+def test_windows_batches_and_adapters_are_drawn_by_the_runs_seed(small):
+    """Each of them: with one seed fixed, runs of two seeds would differ by the others."""
+
+    def drawn(seed, *more):
+        setup = setup_of(small, seed, *more)[3]
+        layer = next(iter(gdrt.adapted_layers(setup.model).values()))
+        return setup.windows, setup.batches, layer.lora_A.tolist()
+
+    first = drawn(5, "--windows", "60")
+    assert first == drawn(5, "--windows", "60")
+    other = drawn(6, "--windows", "60")
+    assert other[0] != first[0] and other[2] != first[2]
+    assert drawn(5)[1] != drawn(6)[1]  # of the same windows, all of them
+
+
+def test_what_is_measured_and_the_noise_are_drawn_by_the_runs_seed(small, tmp_path, monkeypatch):
+    args, cfg, dataset, setup = setup_of(small, 7)
+    seeds = {"noise": cfg.seed}
+
+    def watch(name):
+        function = getattr(gdrt, name)
+        place = list(inspect.signature(function).parameters).index("seed")
+
+        def watched(*given, **more):
+            seeds[name] = more.get("seed") if "seed" in more else given[place]
+            return function(*given, **more)
+
+        monkeypatch.setattr(gdrt, name, watched)
+
+    for name in "diagnose", "relevance", "audit":
+        watch(name)
+    groups = gdrt.form_groups(setup, args, cfg, tmp_path / "groups.json")
+    gdrt.evaluate_and_audit(setup, dataset, args, cfg, groups, tmp_path / "before")
+    assert seeds == {"noise": 7, "diagnose": 7, "relevance": 7, "audit": 7}
+
+
+def test_relevance_is_that_of_the_model_after_the_warm_up(small, tmp_path):
+    flags = "--lora 4 --lr 0.02 --relevance ablation --loss sft --no-test --name run --out"
+    gdrt.main([*small, *flags.split(), str(tmp_path)])
+    kept = torch.load(tmp_path / "run" / "warmup" / "checkpoint.pt", weights_only=True)
+    setup = setup_of(small, 0)[3]
+    read = setup.model, setup.prompts, setup.windows, "ablation"
+    before = attribution.relevance(*read, seed=0)
+    gdrt.load_trained(setup.model, kept["model"])
+    after = attribution.relevance(*read, seed=0)
+    stored = json.loads((tmp_path / "run" / "groups.json").read_text())["r"]
+    assert np.array(stored, dtype=float) == pytest.approx(after, abs=1e-4, nan_ok=True)
+    assert np.nanmax(np.abs(before - after)) > 1e-2

@@ -517,3 +517,24 @@ def test_a_run_with_adapters_on_the_gpu(run, tmp_path, monkeypatch):
     assert curves[0][0] == pytest.approx(curves[1][0], rel=0.05)
     assert all(np.isfinite(curves[0]))
     evaluate.main([str(tmp_path / "gpu")])
+
+
+def test_adapters_are_drawn_as_peft_draws_them():
+    """A evenly between plus and minus one over the root of its inputs, which are 32 here."""
+    model = small_model()
+    gdrt.add_lora(model, 8, 0, CFG)
+    for layer in gdrt.adapted_layers(model).values():
+        A = layer.lora_A.detach() * 32**0.5  # 256 draws
+        assert 0.97 < A.abs().max() <= 1
+        assert float(A.std()) == pytest.approx(3**-0.5, rel=0.1)
+
+
+def test_one_in_twenty_of_an_adapters_inputs_is_dropped():
+    layer = torch.nn.Linear(1000, 1000, bias=False)
+    layer.lora_A = torch.nn.Parameter(torch.eye(1000))
+    layer.lora_B = torch.nn.Parameter(torch.eye(1000))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        change = gdrt.add_low_rank_term(layer.train(), [torch.ones(1, 1000)], torch.zeros(1, 1000))
+    assert 0.03 < (change == 0).float().mean() < 0.07
+    assert change.max().item() == pytest.approx(2 / 0.95)

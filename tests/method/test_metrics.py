@@ -728,3 +728,58 @@ def test_a_run_without_model(tmp_path):
 
 if __name__ == "__main__":
     write_lines(EXAMPLE, markov_lists(load_dataset("toy")))
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def hand_made(train, test, titles):
+    """A Dataset of two users with these windows, each (user, items, stop)."""
+
+    def windows(rows):
+        return [Window(user, items, 0, stop) for user, items, stop in rows]
+
+    genres = [()] * len(titles)
+    parts = windows(train), windows(test), windows(test)
+    return Dataset("small", "movies", titles, genres, ["ann", "bob"], *parts, {}, None, "")
+
+
+def test_thirds_count_training_positives_alone():
+    """Ann has 4 of them and Bob 2; item 4 is one twice, and item 7, a test target, never."""
+    train = [(0, (0, 1, 2, 4), 3), (1, (3, 4), 1)]
+    test = [(0, (0, 1, 2, 4, 7), 4), (1, (3, 4), 1)]
+    dataset = hand_made(train, test, [f"Title {i}" for i in range(8)])
+    items = np.array([[7, 5, 6], [3, 5, 6]])  # Ann's target is found, Bob's is not
+    scores = -np.tile(np.arange(3.0), (2, 1))
+    metrics, _ = evaluate.list_metrics(dataset, dataset.test, items, scores)
+    expected = {
+        "by item popularity": [(0, 0, 1), (2, 2, 0)],
+        "by user activity": [(2, 2, 0), (4, 4, 1)],
+    }
+    for by, rows in expected.items():
+        found = [(part["from"], part["to"], part["HR@5"]) for part in metrics[by].values()]
+        assert found == rows
+
+
+def test_equally_popular_titles_stand_in_the_order_of_their_titles():
+    titles = [f"Title {i}" for i in (7, 6, 5, 4, 3, 2, 1, 0)]
+    dataset = hand_made([(0, (0, 1, 2, 3), 3)], [(1, (5, 4), 1)], titles)
+    items, _ = evaluate.popularity_lists(dataset, dataset.test, 8)
+    assert items.tolist() == [[3, 2, 1, 0, 7, 6, 4, -1]]
+
+
+def test_users_and_seeds_add_in_quadrature():
+    """Users make 3 to either side, or 3 and 6, and seeds 4."""
+    drawn = np.linspace(-3 / 0.95, 3 / 0.95, 4001)
+    assert evaluate.ends_of(drawn, 4.0) == pytest.approx((-5, 5))
+    assert evaluate.ends_of(np.where(drawn > 0, 2 * drawn, drawn), 0.0) == pytest.approx((-3, 6))
+
+
+STUDENTS_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
+
+
+@pytest.mark.parametrize("n, t", [*STUDENTS_T.items(), (10, 2.262), (15, 2.262)])
+def test_seeds_have_the_interval_of_students_t(n, t):
+    """Of n - 1 degrees of freedom, from a printed table; that of nine serves for more."""
+    x = np.arange(float(n))
+    assert evaluate.seed_half_width(x) == pytest.approx(t * x.std(ddof=1) / n**0.5)

@@ -325,3 +325,10 @@ def test_top_ten_of_fifty_users_of_ml_100k():
     for softmax in ("trie", "full"):
         ranking = rank(model, prompts, chosen, 10, softmax)
         check(ranking, [scores[softmax] for scores in truth], chosen, 10, False)
+
+
+def test_titles_seen_before_the_history_are_left_out():
+    """The history is 2 and 3; 0 and 1 were seen earlier."""
+    window = Window(0, (0, 1, 2, 3, 4), 2, 4)
+    items = rank(small_model(), random_prompts(6, 8), [window], 8).items[0]
+    assert set(items) == {-1, 4, 5, 6, 7}

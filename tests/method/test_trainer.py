@@ -23,11 +23,13 @@ from conftest import (
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 import attribution
+import data
 import gdrt
 from attribution import grouped_nll, plain_batch, token_relevance, with_group
 from data import (
     InputError,
     build_trees,
+    build_trie,
     load_dataset,
     make_prompts,
     positions,
@@ -46,7 +48,7 @@ LENGTHS = 9, 14, 11, 17, 8, 12, 15, 10
 def names(**more):
     """What the blocks may use: the modules' functions, and what a user has at hand."""
     known = {"torch": torch, "np": np, "partial": partial}
-    return known | vars(attribution) | vars(gdrt) | more
+    return known | vars(data) | vars(attribution) | vars(gdrt) | more
 
 
 class Rows(list):
@@ -181,6 +183,8 @@ def own_loop(model, batches):
         labels=labels,
         is_user=is_user,
         attention_mask=torch.ones_like(ids),
+        item=torch.arange(3)[:, None].expand(3, 12),
+        titles=ids[:, 9:].tolist(),
         K=K,
         tau=TAU,
     )
@@ -214,11 +218,16 @@ def test_a_stream_that_has_ended_gives_no_batch_to_weigh(tokenizer):
 def test_the_groups_of_the_block_are_cuts_of_each_tokens_relevance(tokenizer):
     model = world_model()
     at_hand = own_loop(model, collated(tokenizer, [0, 8]))
-    ids, labels, is_user = at_hand["input_ids"], at_hand["labels"], at_hand["is_user"]
-    rows = zip(ids.split(1), labels.split(1), is_user.split(1))
-    r = np.concatenate([token_relevance(model, plain_batch(*row)) for row in rows])
+    trie = build_trie(at_hand["titles"])
+    r = []
+    for name in "input_ids", "labels", "is_user", "item":
+        r.append(at_hand[name].split(1))  # one row at a time
+    rows = [plain_batch(*row[:3], item=row[3]) for row in zip(*r)]
+    r = np.concatenate([token_relevance(model, row, trie=trie) for row in rows])
     assert at_hand["r"] == pytest.approx(r, abs=1e-5)
-    assert at_hand["shares"] == pytest.approx([2 / 9, 2 / 9, 2 / 9, 3 / 9], abs=0.12)
+    forced = np.tile([False, True, True], 3)  # the titles part at their first tokens
+    assert ((r == 1) == forced).all()
+    assert at_hand["shares"] == pytest.approx([1 / 9, 1 / 9, 1 / 9, 6 / 9])
     assert at_hand["cuts"] == sorted(at_hand["cuts"])
 
 

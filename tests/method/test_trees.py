@@ -35,6 +35,7 @@ from data import (
     legal_tokens,
     load_dataset,
     log_softmax_over,
+    longest_windows,
     make_prompts,
     one_prompt,
     supports_packing,
@@ -352,3 +353,61 @@ def test_too_little_memory_is_no_verdict_on_the_model():
     model = Fails(small_model().config).eval()
     with pytest.raises(torch.OutOfMemoryError):
         supports_packing(model, random_prompts(1), random_windows(12, 1))
+
+
+def test_windows_of_one_user_with_other_items_share_no_tree():
+    """As CSV files have them: a user's second window need not go on from the first."""
+    model = small_model()
+    prompts = random_prompts(1)
+    windows = [Window(0, (1, 2, 3), 0, 2), Window(0, (4, 5, 6, 7), 0, 3)]
+    batch = collate(build_trees(prompts, windows))
+    with torch.no_grad():
+        nll = gdrt.token_nll(model, batch, prompts, gdrt.TrainConfig())  # (N,)
+        for i, window in enumerate(windows):
+            expected = separate_nll(model, prompts, window)
+            assert nll[batch.window == i].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_windows_of_a_tree_may_stand_in_any_order():
+    prompts = random_prompts(1)
+    items = tuple(range(9))
+    windows = [Window(0, items, 0, stop) for stop in (8, 3, 5)]
+    (tree,) = build_trees(prompts, windows)
+    for i, window in enumerate(windows):
+        path = []
+        node = tree.predict_at[tree.window == i][-1]
+        while not path or tree.parent[node] != node:
+            node = tree.parent[node] if path else node
+            path.append(int(tree.ids[node]))
+        ids, _, _ = one_prompt(prompts, window)
+        assert path[::-1] == ids[:-1]
+
+
+def test_one_title_too_many_costs_shorter_histories_nothing():
+    prompts = random_prompts(3, n=14, lengths=(2, 5))
+    items = tuple(range(14))
+    windows = [Window(0, items, 0, stop) for stop in (3, 6)]
+    room = len(prompt_of(prompts, windows[1])) + max(map(len, prompts.titles))
+    trees = build_trees(prompts._replace(max_positions=room - 1), windows)
+    assert [tree.dropped for tree in trees] == [0, 1]
+    assert len(build_trees(prompts._replace(max_positions=room), windows)) == 1
+
+
+def test_the_longest_history_is_the_one_of_most_tokens():
+    titles = [[5], [6], [7], [8] * 6]
+    trie = build_trie([title + [1] for title in titles])
+    prompts = random_prompts(2)._replace(titles=titles, trie=trie)
+    windows = [Window(0, (0, 1, 2), 0, 2), Window(1, (3, 0), 0, 1)]
+    assert longest_windows(prompts, windows, 1) == windows[1:]
+
+
+@pytest.mark.parametrize("level", [0.0, 120.0, -120.0])
+def test_the_softmax_over_legal_tokens_at_any_level_of_the_logits(level):
+    """GPT-2's logits are all about -100, where exp in fp32 is 0."""
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    owner = torch.tensor([0, 0, 1, 1, 1, 2])
+    token = torch.tensor([1, 5, 0, 3, 8, 4])
+    found = log_softmax_over(logits + level, owner, token)
+    for row in range(3):
+        expected = logits[row, token[owner == row]].double().log_softmax(0)
+        assert found[owner == row].tolist() == pytest.approx(expected.tolist(), abs=1e-4)

@@ -28,6 +28,7 @@ from data import (
     parse_ratings,
     parse_sessions,
     parse_windows,
+    split_windows,
     write_atomic,
 )
 
@@ -650,3 +651,10 @@ def test_ml_100k_arrives(tmp_path):
         for title in dataset.titles
         if title.split(" (")[0].endswith((", The", ", A", ", Les"))
     ]
+
+
+def test_a_split_by_time_is_8_to_1_to_1():
+    positives = []
+    for user in range(4):
+        positives.append([(100 * t + user, t) for t in range(13)])  # 10 targets each
+    assert [len(part) for part in split_windows(positives, "time", 10)] == [32, 4, 4]

@@ -514,3 +514,34 @@ def test_one_sentence_and_exit_code_2(monkeypatch, capsys):
         and "nowhere: no such run" in said
         and said.count("\n") == 1
     )
+
+
+# ---------------------------------------------------------------- seeds of what is drawn
+
+
+def test_another_seed_pairs_other_users():
+    windows = [Window(user, (2 * user, 2 * user + 1), 0, 1) for user in range(20)]
+    first = evaluate.shuffle_histories(windows, 0)
+    assert first == evaluate.shuffle_histories(windows, 0)
+    assert first != evaluate.shuffle_histories(windows, 1)
+
+
+def test_the_windows_of_the_audit_are_drawn_by_its_seed(monkeypatch):
+    windows = random_windows(12, 0, 3)
+    read = {}
+
+    def shares(model, prompts, some, *rest):
+        read["windows"] = some
+        return {}
+
+    def ndcg(model, prompts, some, seed, **options):
+        read["seed"] = seed
+        return np.zeros(len(some))
+
+    monkeypatch.setattr(evaluate, "AUDITED", 5)
+    monkeypatch.setattr(evaluate, "shares_by_method", shares)
+    monkeypatch.setattr(evaluate, "shuffled_ndcg", ndcg)
+    for seed in 0, 3:
+        evaluate.audit(None, None, windows, None, 0, np.zeros(12), seed=seed)
+        chosen = np.random.default_rng(seed).permutation(12)[:5]
+        assert read == {"windows": [windows[i] for i in sorted(chosen)], "seed": seed}

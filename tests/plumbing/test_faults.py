@@ -189,8 +189,9 @@ def test_damaged_json_of_a_run_is_named(whole, tmp_path, fails, name):
 def test_a_damaged_log_of_updates_is_named(whole, tmp_path, fails):
     flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
     gdrt.main(flags)
-    for text in "{}\n", "garbage\n":
-        (tmp_path / "run" / "gdrt" / "metrics.jsonl").write_text(text)
+    path = tmp_path / "run" / "gdrt" / "metrics.jsonl"
+    for text in "{}\n", "garbage\n", path.read_text().split("\n", 1)[1], "":
+        path.write_text(text)
         assert "metrics.jsonl: not as gdrt.py wrote it" in fails([*flags, "--resume"])
 
 
@@ -293,15 +294,37 @@ def test_weights_that_the_last_update_of_a_stage_wrecks_are_not_kept(
     assert saved == []
 
 
-def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
-    whole, tmp_path, fails, monkeypatch
+def too_much_of_a_gpu(*args, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def too_much_of_a_cpu(*args, **more):
+    torch.empty(10**15)  # PyTorch raises a plain RuntimeError
+
+
+TOO_MUCH = pytest.mark.parametrize("too_much", [too_much_of_a_gpu, too_much_of_a_cpu])
+
+
+@TOO_MUCH
+def test_memory_that_does_not_suffice_is_no_fault_of_the_model_or_a_file(
+    whole, tmp_path, fails, monkeypatch, too_much
 ):
     flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
+    for module, name in (data, "packing_error"), (data, "target_logits"), (gdrt, "target_logits"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, too_much)
+            assert "the device ran out of memory" in fails(flags)
+    monkeypatch.setattr(torch, "load", too_much)
+    with pytest.raises(RuntimeError):
+        gdrt.load_checkpoint(tmp_path, None, None)
 
-    def token_nll(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gdrt, "token_nll", token_nll)
+@TOO_MUCH
+def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
+    whole, tmp_path, fails, monkeypatch, too_much
+):
+    flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
+    monkeypatch.setattr(gdrt, "token_nll", too_much)
     assert re.search("raise --accumulate, which .* alone, and give another --name", fails(flags))
     monkeypatch.undo()
     gdrt.main([*flags, "--accumulate", "2", "--name", "other"])
@@ -366,6 +389,7 @@ BAD = [
     ("--tau 0", "should be positive"),
     ("--tau nan", "should be positive"),
     ("--tau -1", "should be positive"),
+    ("--tau 1e-50", "too small for float32; give 1e-30 or more"),
     ("--tau warm", "invalid float value"),
     ("--warmup 2", "between 0 and 1"),
     ("--warmup 0", "between 0 and 1"),

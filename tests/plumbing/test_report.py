@@ -285,6 +285,25 @@ def test_long_and_short_logs(tmp_path):
 # ---------------------------------------------------------------- primitives
 
 
+def test_a_group_that_an_update_lacks_has_no_nll_there(tmp_path):
+    make_run(tmp_path)
+    path = tmp_path / "gdrt" / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for i, line in enumerate(lines):
+        line["group_nll"] = [0.0, 2.0, 3.0, 4.0]
+        line["n"] = [0, 9, 9, 9]  # group 0 is in the last update alone
+        if i == len(lines) - 1:
+            line["group_nll"][0] = 5.0
+            line["n"][0] = 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = {title: y for title, _, y in report.training_panels({"GDRT": tmp_path / "gdrt"})}
+    y = panels["GDRT: NLL by group"]
+    (_, *ends), rows = report.tabulate("NLL by group", range(len(lines)), y)
+    assert ends == ["first tenth", "last tenth"]
+    assert rows[:2] == [("group 0", "", "5.000"), ("group 1", "2.000", "2.000")]
+    assert "NLL by group" in report.write_report(tmp_path).read_text()
+
+
 def test_heatmap():
     page = check(report.PAGE.render(title=EVIL, record=heat_record()))
     hover = [a["title"] for tag, a in page.tags if tag == "span" and "title" in a]

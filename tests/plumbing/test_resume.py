@@ -60,9 +60,6 @@ def test_the_run_holds_what_the_comparison_is_about(whole):
             "model/model.safetensors",
         ):
             assert files[f"{loss}/{name}"]
-    assert files["gdrt/checkpoint.pt"]["rng"] != files["warmup/checkpoint.pt"]["rng"], (
-        "dropout draws: resuming must restore the generator"
-    )
     warm = len(files["warmup/metrics.jsonl"])
     rest = len(files["gdrt/metrics.jsonl"])
     lines = files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]
