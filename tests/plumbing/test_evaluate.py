@@ -21,10 +21,11 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM
 
+import attribution
 import evaluate
 import gdrt
 from attribution import log_probs_of
-from data import Dataset, InputError, Window, build_trees, run_command
+from data import Dataset, InputError, Window, build_trees, load_dataset, run_command
 
 
 def world(users=5, seed=0):
@@ -396,6 +397,14 @@ def test_a_run_without_test_is_compared_on_validation(runs, capsys):
     assert "24 valid windows of" in capsys.readouterr().out
     with pytest.raises(InputError, match="other data or windows"):
         evaluate.main([str(runs / "zero"), str(runs / "untested")])
+
+
+def test_attribution_leaves_the_test_windows_alone_as_the_run_did(small, runs, capsys):
+    dataset = load_dataset(small[1], min_rating=3)
+    attribution.main([str(runs / "untested" / "sft"), "--method", "ablation"])
+    window = dataset.valid[0]
+    title = dataset.titles[window.items[window.stop]]
+    assert f"user {dataset.users[window.user]}, title {title}: " in capsys.readouterr().out
 
 
 def test_report_from_the_command(runs, tmp_path, capsys):
