@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(whole, tmp_path, fails, 
     DAMAGE[how](path)
     damaged = path.read_bytes()
     error = fails([*flags, "--resume"])
-    other_format = "checkpoint format 99 where 2 belongs"
+    other_format = "checkpoint format 99 where 3 belongs"
     assert (other_format if how == "another format" else "not a checkpoint of this run") in error
     assert str(path) in error
     assert path.read_bytes() == damaged
