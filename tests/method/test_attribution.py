@@ -126,7 +126,7 @@ def test_forward_mode_equals_a_backward_per_target_token(
     """At each of the three points of a path, from the baseline to the tokens' own embeddings."""
     model, prompts = exact
     legal = continuations(prompts) if softmax == "trie" else None
-    windows = random_windows(len(toy[0].titles), 0, users=1, length=9) + toy[0].train[3:6]
+    windows = random_windows(len(toy[0].titles), 0, users=1, length=6) + toy[0].train[3:5]
     points = []
 
     def record(*args):

@@ -299,7 +299,7 @@ def save_gradient(folder, size, accumulate):
     torch.save((gradient, logged), f"{folder}/{rank}.pt")
 
 
-@pytest.mark.parametrize("size, accumulate", [(4, 1), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("size, accumulate", [(4, 1), (1, 4)], ids=str)
 def test_two_ranks_have_the_gradient_of_the_global_batch(tmp_path, expected, size, accumulate):
     assert on_ranks(2, save_gradient, lambda rank: (str(tmp_path), size, accumulate)) == [0, 0]
     for rank in 0, 1:
