@@ -77,7 +77,7 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
     that title as target. p is over LEGAL continuations: over the vocabulary r tells toy's tokens of
-    taste from the rest by chance (AUC 0.51). r = 1 if only one is legal, or p > 0.99 with no user.
+    taste from biased ones by chance (AUC 0.51). r = 1 if one is legal, or p > 0.99 with no user.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
@@ -152,6 +152,7 @@ from data import (
     set_environment,
     share_out,
     shortest_window,
+    shown_part,
     write_atomic,
 )
 
@@ -731,8 +732,7 @@ def main(argv=None):
         raise InputError(f"--steps {args.steps}: give a number from 1 to {MOST_STEPS:,}")
     places = args.cache, args.data_dir, args.dataset
     config, dataset, model, tokenizer, prompts = load_run(args.run, *places)
-    part = "valid" if config["arguments"]["no_test"] else "test"
-    window = choose_window(dataset, args.user, args.title, part)
+    window = choose_window(dataset, args.user, args.title, shown_part(config["arguments"]))
     record = token_attribution(model, tokenizer, prompts, window, args.method, args.steps)
     record = name_items(record, dataset.titles)
     user = dataset.users[window.user]

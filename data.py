@@ -2334,6 +2334,11 @@ def read_config(folder):
     return read_json(Path(folder) / "config.json", "arguments", "data")
 
 
+def shown_part(arguments):
+    """The part of the data that tables and pages of a run are about, by its flags as a dict."""
+    return "valid" if arguments["no_test"] else "test"
+
+
 def load_run(folder, cache=None, data_dir=None, dataset=None):
     """A loss's folder in a run, runs/NAME/LOSS -> (config, dataset, model, tokenizer, prompts).
 

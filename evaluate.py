@@ -115,6 +115,7 @@ from data import (
     run_command,
     set_environment,
     share_out,
+    shown_part,
     take_columns,
     target_logits,
     whole_cache,
@@ -931,7 +932,7 @@ def evaluate_run(folder, cache=None, data_dir=None, dataset=None):
     config, dataset, model, _, prompts = load_run(folder, cache, data_dir, dataset)
     arguments = config["arguments"]
     group = np.array(read_json(folder.parent / "groups.json", "group")["group"])
-    part = "valid" if arguments["no_test"] else "test"
+    part = shown_part(arguments)
     # Both parts at once, as after training: equal batches round equally, so the figures agree.
     parts = {"valid": dataset.valid} | ({} if arguments["no_test"] else {"test": dataset.test})
     options = {"softmax": arguments["rank_softmax"], "keep_seen": arguments["keep_seen"]}

@@ -1374,7 +1374,7 @@ def model_flags(add):
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="of training passes; auto: bf16 where the hardware is fast at it. Weights, scores and "
-        "relevance are fp32 (weights that --lora freezes: see there)",
+        "relevance are fp32, but for the rounded weights that --lora freezes",
     )
 
 

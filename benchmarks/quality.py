@@ -436,8 +436,7 @@ def start(text, data_dir, cache, device, precision):
     before = copied(setup.model)
     folder = tempfile.TemporaryDirectory()
     seconds = gdrt.warm_up(setup, Path(folder.name) / "warmup", cfg)
-    read = setup.model, setup.prompts, setup.windows
-    found = diagnose(*read, args.seed, cfg.device, cfg.softmax)
+    found = diagnose(setup.model, setup.prompts, setup.windows, args.seed, cfg.device, cfg.softmax)
     return Start(dataset, setup, cfg, folder, before, copied(setup.model), seconds, found, {})
 
 

@@ -401,7 +401,7 @@ def test_what_is_measured_and_the_noise_are_drawn_by_the_runs_seed(small, tmp_pa
         place = list(inspect.signature(function).parameters).index("seed")
 
         def watched(*given, **more):
-            seeds[name] = more.get("seed") if "seed" in more else given[place]
+            seeds[name] = more["seed"] if "seed" in more else given[place]
             return function(*given, **more)
 
         monkeypatch.setattr(gdrt, name, watched)

@@ -733,22 +733,11 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------- by hand
 
 
-def hand_made(train, test, titles):
-    """A Dataset of two users with these windows, each (user, items, stop)."""
-
-    def windows(rows):
-        return [Window(user, items, 0, stop) for user, items, stop in rows]
-
-    genres = [()] * len(titles)
-    parts = windows(train), windows(test), windows(test)
-    return Dataset("small", "movies", titles, genres, ["ann", "bob"], *parts, {}, None, "")
-
-
 def test_thirds_count_training_positives_alone():
     """Ann has 4 of them and Bob 2; item 4 is one twice, and item 7, a test target, never."""
     train = [(0, (0, 1, 2, 4), 3), (1, (3, 4), 1)]
     test = [(0, (0, 1, 2, 4, 7), 4), (1, (3, 4), 1)]
-    dataset = hand_made(train, test, [f"Title {i}" for i in range(8)])
+    dataset = small(train, test)
     items = np.array([[7, 5, 6], [3, 5, 6]])  # Ann's target is found, Bob's is not
     scores = -np.tile(np.arange(3.0), (2, 1))
     metrics, _ = evaluate.list_metrics(dataset, dataset.test, items, scores)
@@ -762,8 +751,8 @@ def test_thirds_count_training_positives_alone():
 
 
 def test_equally_popular_titles_stand_in_the_order_of_their_titles():
-    titles = [f"Title {i}" for i in (7, 6, 5, 4, 3, 2, 1, 0)]
-    dataset = hand_made([(0, (0, 1, 2, 3), 3)], [(1, (5, 4), 1)], titles)
+    dataset = small([(0, (0, 1, 2, 3), 3)], [(1, (5, 4), 1)])
+    dataset.titles.reverse()
     items, _ = evaluate.popularity_lists(dataset, dataset.test, 8)
     assert items.tolist() == [[3, 2, 1, 0, 7, 6, 4, -1]]
 

@@ -219,10 +219,8 @@ def test_the_groups_of_the_block_are_cuts_of_each_tokens_relevance(tokenizer):
     model = world_model()
     at_hand = own_loop(model, collated(tokenizer, [0, 8]))
     trie = build_trie(at_hand["titles"])
-    r = []
-    for name in "input_ids", "labels", "is_user", "item":
-        r.append(at_hand[name].split(1))  # one row at a time
-    rows = [plain_batch(*row[:3], item=row[3]) for row in zip(*r)]
+    tensors = (at_hand[name].split(1) for name in ("input_ids", "labels", "is_user", "item"))
+    rows = [plain_batch(*row, item=item) for *row, item in zip(*tensors)]
     r = np.concatenate([token_relevance(model, row, trie=trie) for row in rows])
     assert at_hand["r"] == pytest.approx(r, abs=1e-5)
     forced = np.tile([False, True, True], 3)  # the titles part at their first tokens

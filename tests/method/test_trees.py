@@ -374,13 +374,9 @@ def test_the_windows_of_a_tree_may_stand_in_any_order():
     windows = [Window(0, items, 0, stop) for stop in (8, 3, 5)]
     (tree,) = build_trees(prompts, windows)
     for i, window in enumerate(windows):
-        path = []
-        node = tree.predict_at[tree.window == i][-1]
-        while not path or tree.parent[node] != node:
-            node = tree.parent[node] if path else node
-            path.append(int(tree.ids[node]))
+        path = path_to(tree, tree.predict_at[tree.window == i][-1])
         ids, _, _ = one_prompt(prompts, window)
-        assert path[::-1] == ids[:-1]
+        assert tree.ids[path].tolist() == ids[:-1]
 
 
 def test_one_title_too_many_costs_shorter_histories_nothing():

@@ -60,6 +60,8 @@ def test_the_run_holds_what_the_comparison_is_about(whole):
             "model/model.safetensors",
         ):
             assert files[f"{loss}/{name}"]
+    config = json.loads(files["gdrt/model/config.json"])
+    assert config["attention_dropout"] > 0, "there is noise that resuming must repeat"
     warm = len(files["warmup/metrics.jsonl"])
     rest = len(files["gdrt/metrics.jsonl"])
     lines = files["warmup/metrics.jsonl"] + files["gdrt/metrics.jsonl"]
