@@ -125,6 +125,7 @@ SETTINGS = {
 }
 
 UNIFORM = {"loss": "gdrt", "prior": "uniform"}  # the default of gdrt.py
+BY_PROBABILITY = UNIFORM | {"relevance": "probability"}
 # The rows of the tables and the arguments that make them. The relevance `late` is gradient on the
 # model that SFT has finished; `permuted` shuffles gradient's groups; see `measured` for the others.
 ROWS = {
@@ -150,11 +151,12 @@ ROWS = {
 GRID_ROWS = tuple(ROWS)
 ROWS |= {
     "gdrt uniform by ablation": UNIFORM | {"relevance": "ablation"},
-    "gdrt uniform by probability": UNIFORM | {"relevance": "probability"},
+    "gdrt uniform by probability": BY_PROBABILITY,
     "permuted groups uniform": UNIFORM | {"relevance": "permuted"},
     "choices by lot uniform": UNIFORM | {"relevance": "lot"},
     "fixed weights uniform": UNIFORM | {"loss": "fixed"},
     "msl at SFT's rate": {"loss": "sft", "train_softmax": "trie"},
+    "gdrt uniform by probability at its rate": BY_PROBABILITY | {"lr": 1e-4},  # by tune-lr-all
     # On toy, the groups that relevance should find.
     "true groups": {"loss": "gdrt", "relevance": "planted", "groups": 2},
     "true groups uniform": UNIFORM | {"relevance": "planted", "groups": 2},
@@ -177,7 +179,7 @@ TABLES = {  # experiment: rows, seeds; its setting has the same name
     "smollm2": ((*BASE, "gdrt probability tau 4"), 1),
     "smollm2-10k": ((*SMOLLM2_PAIR, "gdrt uniform by ablation", "msl at SFT's rate"), 2),
     "smollm2-10k-epochs": (SMOLLM2_PAIR, 2),
-    "smollm2-10k-all": (SMOLLM2_PAIR, 2),
+    "smollm2-10k-all": ((*SMOLLM2_PAIR, "gdrt uniform by probability at its rate"), 2),
     "main": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, "msl at SFT's rate"), 5),
     "toy-shop": ((*UNTRAINED, "sft", *tables.BY_RELEVANCE, *SHOP_CONTROLS), 5),
 }
@@ -545,21 +547,22 @@ def training_groups(begun, arguments):
     return group, {"cuts": cuts, "shares": shares}, seconds
 
 
-def held_groups(reference, run, results):
+def held_groups(begun, run, options):
     """(group (items, L), K) by which held-out NLL is reported: those of the reference's relevance.
 
     Once measured they are kept: relevance varies with rounding, so with machine and threads, but
     the rows of a seed stay comparable because all use one table.
     """
     name = f"groups-{key(run['reference'] | {'loss': 'sft'})}/groups"
-    is_planted = bool(reference.dataset.planted)
+    is_planted = bool(begun.dataset.planted)
     n_groups = 2 if is_planted else CONFIG["gdrt"]["groups"]
-    group = read_array(results, name)
+    group = read_array(options.results, name)
     if group is None:
+        reference = begin(run["reference"], options)
         relevance_name = "planted" if is_planted else run["reference"].get("held", "gradient")
         r, _ = measured(reference, relevance_name, run["reference"]["seed"])
         group = cut_groups(r, reference.setup.windows, n_groups)[0].astype(np.int8)
-        add_arrays(results, {name: group})
+        add_arrays(options.results, {name: group})
     return group.astype(np.int64), n_groups
 
 
@@ -620,8 +623,7 @@ def perform(run, options):
     began = time.perf_counter()
     arguments = run["arguments"]
     begun = begin(arguments, options)
-    reference = begin(run["reference"], options)
-    held, n_held = held_groups(reference, run, options.results)
+    held, n_held = held_groups(begun, run, options)
     line = {
         "key": key(arguments),
         "row": run["row"],
