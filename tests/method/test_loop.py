@@ -369,6 +369,49 @@ def test_training_has_the_models_dropout():
     assert modes and all(modes)
 
 
+def test_two_stages_are_one_adamw(tmp_path):
+    """Written out after Loshchilov and Hutter (2019), over separate prompts.
+
+    The second stage goes on with the moments, the count of updates and the schedule of the first.
+    """
+    prompts = random_prompts(2)
+    windows = random_windows(12, 4, users=2)
+    trees = build_trees(prompts, windows)
+    group = torch.zeros(prompts.trie.path.shape, dtype=torch.long)
+    model = small_model().double()
+    before = [p.detach().clone() for p in model.parameters()]
+    batches = [list(range(len(trees)))] * 4
+    cfg = gdrt.TrainConfig(lr=0.01)
+    for number, span in enumerate([(0, 2), (2, 4)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        begin = tmp_path / "0" / "checkpoint.pt" if number else None
+        rest = span, group, gdrt.sft_rule, 1, cfg, folder, begin
+        gdrt.train(model, prompts, trees, batches, *rest)
+
+    own = small_model().double()
+    weights = [p.detach().clone() for p in own.parameters()]
+    mean = [torch.zeros_like(w) for w in weights]
+    square = [torch.zeros_like(w) for w in weights]
+    for t, rate in enumerate([0.01, 0.0075, 0.005, 0.0025], start=1):
+        loss = all_nll(own, prompts, windows).mean()
+        gradient = torch.autograd.grad(loss, list(own.parameters()))
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradient))
+        for i, g in enumerate(gradient):
+            g = g / max(1, norm)
+            mean[i] = 0.9 * mean[i] + 0.1 * g
+            square[i] = 0.99 * square[i] + 0.01 * g**2
+            step = mean[i] / (1 - 0.9**t) / ((square[i] / (1 - 0.99**t)).sqrt() + 1e-8)
+            weights[i] = weights[i] - rate * (step + 0.01 * weights[i])
+        with torch.no_grad():
+            for p, w in zip(own.parameters(), weights):
+                p.copy_(w)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    expected = torch.cat([w.flatten() for w in weights])
+    way = expected - torch.cat([w.flatten() for w in before])
+    assert (after - expected).norm() < 1e-4 * way.norm()
+
+
 def setup_of(small, seed, *more):
     """(arguments, TrainConfig, Dataset, Setup) of a run with adapters, by its flags."""
     args = gdrt.parser().parse_args([*small, "--lora", "4", "--seed", str(seed), *more])
