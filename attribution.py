@@ -3,8 +3,8 @@
 The auxiliary tokens of a target token are the task, the marker and the title's own prefix.
 
     symbol   meaning                 here
-    a, u     auxiliary, user tokens  segments TEMPLATE and TITLE, segment USER
-    A_S(t)   attribution, nats       `segment_gradient`  (N,), N target tokens in a batch
+    S        aux or user tokens      segments (TEMPLATE, TITLE) or (USER,)
+    A_S      attribution, nats       `segment_gradient`  (N,), N target tokens in a batch
     r        relevance, in [0, 1]    `ratio`: (|A_aux| + c) / (|A_aux| + |A_user| + c)
 """
 
@@ -76,8 +76,8 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     """Relevance of target tokens to auxiliary tokens -> (items, L tokens), NaN if not measured.
 
     One value per (title, place), our choice: the mean of r over a seeded sample of the windows with
-    that title as target. p is over LEGAL continuations: over the vocabulary r tells toy's tokens of
-    taste from biased ones by chance (AUC 0.51). r = 1 if one is legal, or p > 0.99 with no user.
+    that title as target. p is over LEGAL continuations: over the vocabulary r of ALL toy tokens is
+    no sign of taste (AUC 0.51). r = 1 if no other token is legal, or if p > 0.99 without a user.
     """
     sample = without_history(windows) if method == "probability" else sample_windows(windows, seed)
 
@@ -92,23 +92,23 @@ def relevance(model, prompts, windows, method="gradient", points=POINTS, seed=0,
     return np.where(prior > 0.99, 1, r)
 
 
-def cut(r, weight, n_groups):
-    """Cut tokens by relevance r into groups of equal weight -> (group, cuts, shares of the weight).
+def cut(r, times, n_groups):
+    """Cut tokens by relevance r into groups of equal share -> (group, cuts, shares).
 
-    r, weight (how often a token is trained on) and group are of one shape. Group 0 is the least
+    r, times (how often a token is trained on) and group are of one shape. Group 0 is the least
     relevant, -1 is r = NaN. Equal r share a group; none may be empty. cuts: each group's lowest r.
     """
     known = ~np.isnan(r)
     values, index = np.unique(r[known], return_inverse=True)
-    mass = np.bincount(index, weights=weight[known])  # the weight of each distinct r
-    # No r is split: one heavier than an equal share counts as one, so that no group stays empty.
+    mass = np.bincount(index, weights=times[known])  # how often each distinct r is trained on
+    # No r is split: mass beyond an equal share does not count, so that no group stays empty.
     size = mass.sum() / n_groups
     large = np.zeros(len(mass), bool)
     while len(values) >= n_groups and (mass[~large] > size * (1 + 1e-9)).any():
         large |= mass > size * (1 + 1e-9)  # the factor: sums of fractions are rounded
         size = mass[~large].sum() / (n_groups - large.sum())
     capped = np.minimum(mass, size)
-    # Each r belongs to the group into which the middle of its weight falls.
+    # Each r belongs to the group into which the middle of its mass falls.
     middle = (np.cumsum(capped) - capped / 2) / capped.sum()
     group_of_value = np.minimum((middle * n_groups).astype(int), n_groups - 1)
     shares = np.bincount(group_of_value, weights=mass, minlength=n_groups) / mass.sum()
@@ -283,7 +283,7 @@ def check_targets(model, batch, trie):
 
 
 def prior_probability(model, batch, trie=None):
-    """p(y_t | a, y_<t) of every target token, (N,): the user's tokens are hidden."""
+    """p of every target token, (N,): the user's tokens are hidden."""
     legal = None if trie is None else legal_tokens(batch, trie)
     logits = target_logits(model, without_user(batch))  # (N, V)
     return label_log_prob(logits, batch.label, legal).cpu().double().exp().numpy()
@@ -508,8 +508,8 @@ def diagnose(model, prompts, windows, seed=0, device="cpu", softmax="full"):
     user information: mean over windows of log p(title | history) - log p(title | no history), in
     nats over legal continuations; near 0 the model does not use the user, and an attribution to
     the user is noise. language share: the part of SFT's loss, over the vocabulary ('full') or legal
-    continuations ('trie'), that tokens with one continuation hold; near 0 there is no language bias
-    for group weights to remove.
+    continuations ('trie'), that forced tokens hold; near 0 there is no language bias for group
+    weights to remove.
     """
     chosen = np.random.default_rng(seed).permutation(len(windows))[:DIAGNOSED]
     windows = [windows[i] for i in sorted(chosen.tolist())]

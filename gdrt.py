@@ -43,8 +43,8 @@ def group_weights(group_loss, count, tau, prior="uniform"):
 def gdrt_loss(nll, group, n_groups, tau, prior="uniform"):
     """(sum_g q_g L_g, q, L) of nll (N,), the NLL of each target token, and group (N,), its group.
 
-    Its gradient is that of tau log sum_g prior_g exp(L_g / tau). L_g is the mean over the GLOBAL
-    batch: with micro-batches or ranks, add up group_sums, then weigh each token by q_g / n_g.
+    Its gradient is that of tau log sum_g prior_g exp(L_g / tau). L_g must be of the GLOBAL batch:
+    with micro-batches or ranks, add up group_sums, then weigh each token by q_g / n_g.
     """
     nll = nll.to(torch.promote_types(nll.dtype, torch.float32))  # bf16 would stop counting at 256
     total, count = group_sums(nll, group, n_groups)  # (K,), (K,)

@@ -115,7 +115,7 @@ def test_8_two_micro_batches_are_the_one_batch():
     """Add the group sums up first, then weigh: a, b, d and c, e, f give what all six give.
 
     Sums (3, 1, 0) + (0, 3, 3) = (3, 4, 3), counts (1, 1, 1) + (0, 1, 2) = (1, 2, 3). The model
-    has one parameter, theta = 1, and NLL_i theta is the NLL of token i: its gradient is
+    has one parameter, theta = 1; token i costs theta NLL_i. So the gradient of the loss is
     4/7 3 + 1/7 (1 + 3) + 1/21 (0 + 1 + 2) = 17/7.
     """
     theta = torch.ones((), dtype=torch.float64, requires_grad=True)
