@@ -1921,6 +1921,8 @@ def load_model(name, cache=None):
             model, info = read(attn_implementation="eager")
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a foreign checkpoint can raise anything
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"--model {name}: cannot be loaded ({reason_of(error)}); "
             "give tiny, smollm2-135m, a Hub id or a folder"
@@ -1950,6 +1952,8 @@ def check_model(name, model, tokenizer, missing=()):
         ahead = looks_ahead(model)
         reads = reads_tokens(model, tokenizer.all_special_ids)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"--model {name}: cannot be run on embeddings alone ({reason_of(error)}); "
             "choose another model"
@@ -2307,7 +2311,7 @@ def fall_back_to_unpacked(model, prompts, windows, device="cpu"):
         return prompts
     announce(
         "this model cannot run prompts packed into trees: each runs by itself, "
-        "which is slower but gives the same results"
+        "which is slower but gives the same results, dropout aside"
     )
     return prompts._replace(packed=False)
 
@@ -2373,7 +2377,7 @@ def load_run(folder, cache=None, data_dir=None, dataset=None):
     except InputError as error:
         reason = str(error).removeprefix("--model ").partition("; ")[0]
         raise InputError(
-            f"{reason}; delete {folder}, and gdrt.py --resume trains it again"
+            f"{reason}; move {folder / 'model'} away, and gdrt.py --resume writes it anew"
         ) from None
     prompts = make_prompts(loaded, tokenizer, positions(model))
     windows = loaded.train + loaded.valid + loaded.test
@@ -2399,24 +2403,36 @@ def forgive_stdout():
             stream.reconfigure(errors="replace")
 
 
+def drop_output():
+    """Forget what stdout could not take: Python would fail on it once more as it exits."""
+    with contextlib.suppress(OSError):
+        number = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 def run_command(main):
-    """Run main(); an InputError or OSError becomes one sentence on stderr and exit code 2."""
+    """Run main(); bad input, files or too little memory: one sentence on stderr, exit code 2."""
     forgive_stdout()
     try:
         main()
         sys.stdout.flush()
+        return
     except InputError as error:
         reason = str(error)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        drop_output()
         return
     except OSError as error:
+        if error.filename is None:
+            drop_output()
         place = error.filename or "writing"
         reason = f"{place}: {error.strerror or error}; name another place"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = "the device ran out of memory; use one that has more"
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    else:
-        return
     print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     sys.exit(2)

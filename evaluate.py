@@ -98,6 +98,7 @@ from tqdm.auto import tqdm
 
 from attribution import attributions, both_log_probs, format_table, has_derivative
 from data import (
+    DOMAINS,
     Window,
     additive_mask,
     build_trees,
@@ -966,6 +967,8 @@ def pool(runs):
     found = {}
     for run in sorted(runs, key=lambda run: run["config"]["arguments"]["seed"]):
         setting = dict(run["config"]["arguments"])
+        for name in ("device", "precision"):  # what auto stood for
+            setting[name] = run["config"].get(name, setting.get(name))
         for name in ("seed", "loss", "dataset"):  # the data is the same, wherever it lay
             del setting[name]
         found.setdefault((run["loss"], json.dumps(setting)), []).append(run)
@@ -1160,12 +1163,13 @@ def find_window(line, place, dataset, windows, by_key, taken):
     name = normalize_text(f"user {user}, position {position}")
     if not isinstance(position, (int, type(None))) or (user, position) not in by_key:
         raise InputError(
-            f"{place}: {name} is no test window of {dataset.name}; predict the same split"
+            f"{place}: {name} is none of the {len(windows)} windows to rank of {dataset.name}; "
+            "predict the same split, and the part that the run was evaluated on"
         )
     some = by_key[user, position]
     if position is None and len(some) > 1:
         raise InputError(
-            f"{place}: {normalize_text(f'user {user}')} has several test windows; "
+            f"{place}: {normalize_text(f'user {user}')} has several windows to rank; "
             'say which by "position"'
         )
     target = line.get("target")
@@ -1433,6 +1437,12 @@ def data_flags(add):
         metavar="R",
         help="ratings of --dataset from R up are positives, without a RUN (default: 4)",
     )
+    add(
+        "--domain",
+        choices=tuple(DOMAINS),
+        help="what the items of --dataset are, without a RUN; titles of movies are written "
+        "'The Matrix', not 'Matrix, The' (default: what the files or their names say)",
+    )
     add("--cache", metavar="DIR", help="where fetched data is kept, as for gdrt.py")
     add("--data-dir", metavar="PATH", help="folder or zip with MovieLens, as for gdrt.py")
 
@@ -1498,8 +1508,8 @@ def main(argv=None):
     set_environment(args.cache)
     if not args.runs and not (args.predictions and args.dataset):
         raise InputError("name one RUN or more, or give --predictions FILE with --dataset")
-    if args.runs and (args.split or args.min_rating is not None):
-        raise InputError("--split, --min-rating: a RUN has its own; leave them out")
+    if args.runs and (args.split or args.min_rating is not None or args.domain):
+        raise InputError("--split, --min-rating, --domain: a RUN has its own; leave them out")
     folders = [loss for folder in args.runs for loss in losses_of(folder)]
     if args.report and len({folder.resolve().parent for folder in folders}) != 1:
         raise InputError("--report: it is about one run; name one")
@@ -1514,6 +1524,7 @@ def main(argv=None):
             args.cache,
             split=args.split or "leave-one-out",
             min_rating=4.0 if args.min_rating is None else args.min_rating,
+            domain=args.domain,
         )
         part = "test"
     windows = getattr(dataset, part)

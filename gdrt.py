@@ -202,8 +202,9 @@ from data import (
     build_trees,
     by_shared_prefix,
     collate,
+    count_dropped,
+    drop_output,
     fall_back_to_unpacked,
-    forgive_stdout,
     hide_bar,
     is_complete,
     is_out_of_memory,
@@ -215,6 +216,7 @@ from data import (
     read_config,
     read_json,
     reason_of,
+    run_command,
     save_model,
     set_environment,
     start_model,
@@ -604,8 +606,13 @@ class Journal:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error):
-        return self.stack.__exit__(*error)
+    def __exit__(self, kind, error, trace):
+        self.stack.__exit__(kind, error, trace)
+        if error is not None and is_out_of_memory(error):
+            raise InputError(
+                "the device ran out of memory in an update; raise --accumulate, which changes the "
+                "result by rounding and the noise of dropout alone, and give another --name"
+            ) from None
 
     def steps(self):
         """The numbers of the updates that are left, with a progress bar."""
@@ -789,7 +796,8 @@ def new_config(args, dataset, cfg):
             arguments[name] = str(Path(arguments[name]).resolve())
     data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
     auto = {"device": cfg.device, "precision": cfg.precision}  # what it stands for here
-    return {"arguments": arguments, **data, **auto, **environment()}
+    # Each rank has its own dropout.
+    return {"arguments": arguments, **data, **auto, "world size": cfg.world, **environment()}
 
 
 def is_folder(name, value):
@@ -808,7 +816,7 @@ def refuse_changes(before, now, path):
                 f"--resume: {flag_of(name)} is {value} now and was {old} in {path}; "
                 "give what it was, or another --name"
             )
-    for name in ("device", "precision"):
+    for name in ("device", "precision", "world size"):
         if before.get(name, now[name]) != now[name]:
             raise InputError(
                 f"--resume: the {name} is {now[name]} here and was {before[name]} in {path}; "
@@ -933,12 +941,12 @@ def write_config(folder, config, setup, dataset, cfg):
                 f"--resume: the {name} that this run starts from have changed since {path}; "
                 "bring them back, or choose another --name"
             )
-    held_out = build_trees(prompts, dataset.valid + dataset.test, pack=False, targets=False)
-    left = [tree.dropped for tree in setup.trees + held_out if tree.dropped]
-    if left:
+    windows = setup.windows + dataset.valid + dataset.test
+    dropped = [count_dropped(prompts, w.items[w.start : w.stop]) for w in windows]
+    if any(dropped):
         announce(
-            f"{sum(left)} titles of {len(left)} histories are left out, the oldest: "
-            f"the model has {prompts.max_positions} positions"
+            f"{sum(dropped)} titles of {np.count_nonzero(dropped)} histories are left out, the "
+            f"oldest: the model has {prompts.max_positions} positions"
         )
     write_atomic(path, json.dumps(config, indent=1))
 
@@ -954,7 +962,9 @@ def train_span(setup, span, group, rule, n_groups, cfg, folder, begin=None):
     """`train` on the batches of a Setup, by a table of groups (items, L) -> seconds it took."""
     of_run = setup.model, setup.prompts, setup.trees, setup.batches
     group_of = torch.as_tensor(group, device=cfg.device)
-    return train(*of_run, span, group_of, rule, n_groups, cfg, folder, begin)
+    seconds = train(*of_run, span, group_of, rule, n_groups, cfg, folder, begin)
+    barrier(cfg)  # the next stage begins with the checkpoint that rank 0 has written
+    return seconds
 
 
 def form_groups(setup, args, cfg, path):
@@ -1053,11 +1063,17 @@ def train_loss(loss, setup, groups, args, cfg, folder):
 
 def evaluate_loss(loss, setup, dataset, args, cfg, groups, folder):
     """Save the trained model and evaluate it -> its metrics."""
-    if cfg.rank == 0 and not is_complete(folder / loss / "model"):
+    model = folder / loss / "model"
+    if cfg.rank == 0 and not is_complete(model):
+        if model.exists():
+            raise InputError(
+                f"{model}: holds other files than were saved; "
+                "move it away, and --resume writes it anew"
+            )
         card = model_card(args, loss)
         save_adapter(folder / loss / "adapter", setup.model)
         weights = merged_weights(setup.model)
-        save_model(folder / loss / "model", setup.model, setup.tokenizer, card, weights)
+        save_model(model, setup.model, setup.tokenizer, card, weights)
     return evaluate_once(setup, dataset, args, cfg, groups, folder / loss)
 
 
@@ -1360,8 +1376,8 @@ def model_flags(add):
         default=0,
         metavar="R",
         help="LoRA: train adapters of rank R (alpha 2R) on q_proj and v_proj instead of all "
-        "weights. On a GPU, or where --precision bf16 is given, the frozen weights are rounded to "
-        "bf16 for the whole run, which changes none of a model that was published in bf16",
+        "weights. On a GPU that trains in bf16, or with --precision bf16, the frozen weights are "
+        "rounded to bf16 for the whole run, which changes none of a model published in bf16",
     )
     add(
         "--device",
@@ -1458,7 +1474,7 @@ def training_flags(add):
     add(
         "--no-pack",
         action="store_true",
-        help="one prompt a row instead of trees: the same loss, slower",
+        help="one prompt a row instead of trees: the same loss (dropout aside), slower",
     )
     add(
         "--seed",
@@ -1507,7 +1523,11 @@ def default_epochs(dataset):
 
 
 def main(argv=None):
-    forgive_stdout()
+    run_command(lambda: start(argv))
+
+
+def start(argv):
+    """`run` by a command line; what interrupts a run says how to go on with it."""
     args = parser().parse_args(argv)
     args.epochs = args.epochs or default_epochs(args.dataset)
     set_environment(args.cache)
@@ -1526,25 +1546,22 @@ def main(argv=None):
         run(args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except InputError as error:
-        complain(error)
-    except OSError as error:
-        advice = "choose another --out or --name"
-        if has_begun(args):
-            advice = "what was written before is whole: mend it and add --resume"
-        complain(f"{error.filename or args.out}: {error.strerror or error}; {advice}")
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        complain(
-            "the device ran out of memory; raise --accumulate, which changes the result by "
-            f"rounding alone{', and give another --name' if has_begun(args) else ''}"
-        )
-    except KeyboardInterrupt:
+        sys.stdout.flush()
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of stdout has gone
+            drop_output()
         if os.environ.get("RANK", "0") == "0":
             command = resume_command(sys.argv[1:] if argv is None else argv, has_begun(args))
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.filename is None:
+            drop_output()
+        advice = "name another place"
+        if has_begun(args):
+            advice = "what was written before is whole: mend it and add --resume"
+        place = error.filename or args.out
+        raise InputError(f"{place}: {error.strerror or error}; {advice}") from None
 
 
 def flag_of(name):
@@ -1582,7 +1599,7 @@ def check_read(args):
 
 def has_begun(args):
     """Is there a run that --resume can go on with?"""
-    return (Path(args.out) / args.name / "config.json").exists()
+    return os.path.exists(Path(args.out) / args.name / "config.json")
 
 
 def resume_command(argv, begun):
@@ -1592,12 +1609,6 @@ def resume_command(argv, begun):
     if "LOCAL_WORLD_SIZE" in os.environ:
         start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
     return f"{start} gdrt.py {shlex.join(words)}"
-
-
-def complain(error):
-    """Print one sentence on stderr and exit with code 2."""
-    print(f"gdrt.py: {error}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ python evaluate.py {{ folder }} --report</p>{% endif %}
 {%- call(part) section("Results") %}<p>{{ "{:,}".format(config.facts[split ~ " windows"]) }}
 {{ split }} windows; all {{ "{:,}".format(config.facts["items"]) }} titles ranked. MGU, DGU:
 how far the lists' popularity is from that of choices in training, lower is fairer. Aux share: how
-much of the attribution rests on the task and the title's own prefix. Seconds: training, warm-up and
-relevance.</p>{{ table(*part.table) }}{% for name, found in part.differences.items() %}
+much of the attribution rests on the task and the title's own prefix. Seconds: training, warm-up,
+relevance but for SFT.</p>{{ table(*part.table) }}{% for name, found in part.differences.items() %}
 <p class="lead">{{ name }} less SFT: {% for measure, ends in found.items() %}{{ measure }}
 {{ evaluate.in_brackets(*ends, sign="+") }}{{ "" if loop.last else "; " }}{% endfor %}. In brackets:
 95% of a paired bootstrap over users, on one seed.</p>{% endfor %}{% endcall %}

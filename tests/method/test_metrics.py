@@ -439,6 +439,11 @@ def test_seeds_of_one_configuration_are_pooled():
     assert list(evaluate.pool([*runs[:2], other])) == names
     newer = fake_run("sft", 0, lists, dataset, lora=8)  # a flag that the first run did not know
     assert list(evaluate.pool([runs[0], newer])) == ["sft lora=None seed 0", "sft lora=8 seed 0"]
+    pair = [fake_run("sft", seed, lists, dataset) for seed in (0, 1)]
+    for run, precision in zip(pair, ["fp32", "bf16"]):  # what --precision auto stood for
+        run["config"]["precision"] = precision
+    names = ["sft precision=fp32 seed 0", "sft precision=bf16 seed 1"]
+    assert list(evaluate.pool(pair)) == names
     with pytest.raises(InputError, match="once"):
         evaluate.pool([runs[0], runs[0]])
     runs[0]["metrics"]["worst group NLL"] = 2.0
@@ -517,9 +522,9 @@ def test_predictions_of_any_system(tmp_path):
         ([ANN, "[" * 100_000], "lists.jsonl:2: not JSON"),
         ([ANN, "17"], "lists.jsonl:2: should be an object"),
         ([ANN, BOB | {"titles": "Title 2"}], "should be an object"),
-        ([ANN, BOB | {"user": "eve"}], "user eve, position 4 is no test window"),
-        ([ANN, BOB | {"position": 3}], "user bob, position 3 is no test window"),
-        ([ANN, BOB | {"position": [4]}], "is no test window"),
+        ([ANN, BOB | {"user": "eve"}], "user eve, position 4 is none of the 2 windows to rank"),
+        ([ANN, BOB | {"position": 3}], "user bob, position 3 is none of the 2 windows to rank"),
+        ([ANN, BOB | {"position": [4]}], "is none of the 2 windows to rank"),
         ([ANN, BOB | {"target": "Title 7"}], "another target than 'Title 7'"),
         ([ANN, BOB, ANN], "lists.jsonl:3: user ann, position 4 is there twice"),
         (
@@ -605,7 +610,7 @@ def test_windows_that_share_user_and_position(tmp_path):
     assert read([lists[0] | {"target": "Title 3"}, lists[1] | {"target": "Title 2"}, bob]) == [1, 0]
     with pytest.raises(InputError, match="twice"):
         read([lists[0], lists[1], lists[2], bob])
-    with pytest.raises(InputError, match="several test windows"):
+    with pytest.raises(InputError, match="several windows to rank"):
         read([{"user": "ann", "titles": titles}, bob])
 
 
@@ -709,6 +714,25 @@ def test_command_refuses(argv, says, monkeypatch, tmp_path):
     with pytest.raises(InputError) as error:
         evaluate.main(argv)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_domain_says_how_titles_are_spelt(tmp_path, capsys):
+    """As a run with --domain movies writes them; the files do not say that these are films."""
+    folder = tmp_path / "things"
+    folder.mkdir()
+    names = [f"Film {i}, The" for i in range(8)]
+    items = "".join(f"{i}\t{name}\n" for i, name in enumerate(names))
+    (folder / "a.item").write_text("item_id:token\ttitle:token_seq\n" + items)
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    ratings = "".join(f"ann\t{i}\t5\t{i}\n" for i in range(6))
+    (folder / "a.inter").write_text(header + ratings)
+    lists = tmp_path / "lists.jsonl"
+    lists.write_text(json.dumps({"user": "ann", "titles": ["The Film 5"]}))
+    flags = ["--dataset", str(folder), "--predictions", str(lists), "--allow-missing"]
+    with pytest.raises(InputError, match="The Film 5"):
+        evaluate.main(flags)
+    evaluate.main([*flags, "--domain", "movies"])
+    assert capsys.readouterr().out.count("1.0000 [1.0000, 1.0000]") == 6
 
 
 def test_two_files_of_one_name(tmp_path):

@@ -159,7 +159,7 @@ def test_evaluate_takes_every_flag(runs, tmp_path, capsys):
     lists.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:]) + "\n")
     theirs = f"--predictions {lists} --allow-missing"
     beside = f"{folder} {theirs} --report {page} --cache {tmp_path} --data-dir {tmp_path}".split()
-    alone = f"--dataset {dataset} --split time --min-rating 3 {theirs}".split()
+    alone = f"--dataset {dataset} --split time --min-rating 3 --domain movies {theirs}".split()
     for flags in (beside, alone):
         evaluate.main(flags)
         assert "1 windows without a list, counted as misses" in capsys.readouterr().out
@@ -184,7 +184,7 @@ def test_data_that_moved_is_read_where_it_is_now(small, runs, tmp_path, capsys):
     assert "metrics equal those that training wrote" in capsys.readouterr().out
     attribution.main([str(run / "gdrt"), "--dataset", str(moved)])
     assert "attribution by gradient" in capsys.readouterr().out
-    for option in (["--split", "time"], ["--min-rating", "2"]):
+    for option in (["--split", "time"], ["--min-rating", "2"], ["--domain", "book"]):
         with pytest.raises(InputError, match="a RUN has its own"):
             evaluate.main([str(run / "gdrt"), *option])
 

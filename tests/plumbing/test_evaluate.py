@@ -444,7 +444,7 @@ def test_report_from_the_command(runs, tmp_path, capsys):
         ),
         (
             lambda run: (run / "sft" / "model" / "model.safetensors").write_text("half"),
-            "and gdrt.py --resume trains it again",
+            "away, and gdrt.py --resume writes it anew",
         ),
         (
             lambda run: (run / "config.json").write_text(

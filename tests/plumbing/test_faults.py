@@ -317,6 +317,16 @@ def test_memory_that_does_not_suffice_is_no_fault_of_the_model_or_a_file(
     monkeypatch.setattr(torch, "load", too_much)
     with pytest.raises(RuntimeError):
         gdrt.load_checkpoint(tmp_path, None, None)
+    monkeypatch.setattr(data.AutoModelForCausalLM, "from_pretrained", too_much)
+    with pytest.raises(RuntimeError):
+        data.load_model(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        data.run_command(lambda: too_much())
+    assert left.value.code == 2
+
+
+def test_a_name_that_no_file_can_have_is_named(whole, fails):
+    assert "File name too long; name another place" in fails([*whole[0], "--name", "a" * 300])
 
 
 @TOO_MUCH
@@ -325,7 +335,8 @@ def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
 ):
     flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
     monkeypatch.setattr(gdrt, "token_nll", too_much)
-    assert re.search("raise --accumulate, which .* alone, and give another --name", fails(flags))
+    error = fails(flags)
+    assert re.search("in an update; raise --accumulate, which .* and give another --name", error)
     monkeypatch.undo()
     gdrt.main([*flags, "--accumulate", "2", "--name", "other"])
     assert list(contents(tmp_path / "other")) == list(whole[1])

@@ -271,7 +271,7 @@ def test_the_same_folder_is_accepted_by_another_path(whole, tmp_path, monkeypatc
     assert json.loads((folder / "config.json").read_text())["arguments"]["dataset"] == str(films)
 
 
-@pytest.mark.parametrize("name", ["weights", "prompts", "device", "precision"])
+@pytest.mark.parametrize("name", ["weights", "prompts", "device", "precision", "world size"])
 def test_another_start_or_machine_is_refused(whole, fails, name):
     """Of a model, its tokeniser, or what `auto` stands for; config.json shows the old one."""
     flags, folder, _ = whole
@@ -294,6 +294,21 @@ def test_resume_needs_a_run_and_a_run_needs_resume(whole, tmp_path, fails):
     error = fails([*flags, "--out", folder.parent, "--name", "run"])
     assert "holds a run: add --resume" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_model_others_have_changed_is_kept(whole, tmp_path, fails):
+    """--resume writes a model that is missing, and does not delete what it did not write."""
+    flags, folder, _ = whole
+    shutil.copytree(folder, tmp_path / "run")
+    flags = [*flags, "--out", str(tmp_path), "--name", "run", "--resume"]
+    model = tmp_path / "run" / "gdrt" / "model"
+    own = contents(model)
+    (model / "notes.json").write_text("{}")
+    assert f"{model}: holds other files than were saved; move it away" in fails(flags)
+    assert (model / "notes.json").exists()
+    model.rename(tmp_path / "away")
+    gdrt.main(flags)
+    assert contents(model) == own
 
 
 def test_resuming_a_finished_run_elsewhere_changes_nothing(whole, tmp_path, capsys):
