@@ -1557,10 +1557,12 @@ def start(argv):
     except OSError as error:
         if error.filename is None:
             drop_output()
+        place = str(error.filename or args.out)
         advice = "name another place"
+        if place.startswith(args.out):
+            advice = "choose another --out or --name"
         if has_begun(args):
             advice = "what was written before is whole: mend it and add --resume"
-        place = error.filename or args.out
         raise InputError(f"{place}: {error.strerror or error}; {advice}") from None
 
 

@@ -326,7 +326,9 @@ def test_memory_that_does_not_suffice_is_no_fault_of_the_model_or_a_file(
 
 
 def test_a_name_that_no_file_can_have_is_named(whole, fails):
-    assert "File name too long; name another place" in fails([*whole[0], "--name", "a" * 300])
+    assert "File name too long; choose another --out or --name" in fails(
+        [*whole[0], "--name", "a" * 300]
+    )
 
 
 @TOO_MUCH
