@@ -1559,7 +1559,7 @@ def start(argv):
             drop_output()
         place = str(error.filename or args.out)
         advice = "name another place"
-        if place.startswith(args.out):
+        if os.path.abspath(place).startswith(os.path.abspath(args.out)):
             advice = "choose another --out or --name"
         if has_begun(args):
             advice = "what was written before is whole: mend it and add --resume"

@@ -325,7 +325,8 @@ def test_memory_that_does_not_suffice_is_no_fault_of_the_model_or_a_file(
     assert left.value.code == 2
 
 
-def test_a_name_that_no_file_can_have_is_named(whole, fails):
+def test_a_name_that_no_file_can_have_is_named(whole, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "File name too long; choose another --out or --name" in fails(
         [*whole[0], "--name", "a" * 300]
     )
