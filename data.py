@@ -2403,11 +2403,12 @@ def forgive_stdout():
             stream.reconfigure(errors="replace")
 
 
-def drop_output():
-    """Forget what stdout could not take: Python would fail on it once more as it exits."""
-    with contextlib.suppress(OSError):
-        number = sys.stdout.fileno()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+def flush_stdout():
+    """Print what stdout still holds, or forget it, as Python would fail on it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(main):
@@ -2420,11 +2421,8 @@ def run_command(main):
     except InputError as error:
         reason = str(error)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        drop_output()
         return
     except OSError as error:
-        if error.filename is None:
-            drop_output()
         place = error.filename or "writing"
         reason = f"{place}: {error.strerror or error}; name another place"
     except (RuntimeError, MemoryError) as error:
@@ -2434,5 +2432,8 @@ def run_command(main):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    finally:
+        flush_stdout()
+    command = Path(main.__code__.co_filename).name
+    print(f"{command}: {reason}", file=sys.stderr)
     sys.exit(2)

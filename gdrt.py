@@ -203,7 +203,6 @@ from data import (
     by_shared_prefix,
     collate,
     count_dropped,
-    drop_output,
     fall_back_to_unpacked,
     hide_bar,
     is_complete,
@@ -796,8 +795,8 @@ def new_config(args, dataset, cfg):
             arguments[name] = str(Path(arguments[name]).resolve())
     data = {"data": dataset.digest, "domain": dataset.domain, "facts": dataset.stats}
     auto = {"device": cfg.device, "precision": cfg.precision}  # what it stands for here
-    # Each rank has its own dropout.
-    return {"arguments": arguments, **data, **auto, "world size": cfg.world, **environment()}
+    ranks = {"world size": cfg.world}  # each has dropout of its own
+    return {"arguments": arguments, **data, **auto, **ranks, **environment()}
 
 
 def is_folder(name, value):
@@ -941,8 +940,9 @@ def write_config(folder, config, setup, dataset, cfg):
                 f"--resume: the {name} that this run starts from have changed since {path}; "
                 "bring them back, or choose another --name"
             )
-    windows = setup.windows + dataset.valid + dataset.test
-    dropped = [count_dropped(prompts, w.items[w.start : w.stop]) for w in windows]
+    dropped = [tree.dropped for tree in setup.trees]
+    for w in dataset.valid + dataset.test:
+        dropped.append(count_dropped(prompts, w.items[w.start : w.stop]))
     if any(dropped):
         announce(
             f"{sum(dropped)} titles of {np.count_nonzero(dropped)} histories are left out, the "
@@ -1546,17 +1546,12 @@ def start(argv):
         run(args)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-    except (KeyboardInterrupt, BrokenPipeError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of stdout has gone
-            drop_output()
+    except (KeyboardInterrupt, BrokenPipeError):  # the latter: the reader of stdout has gone
         if os.environ.get("RANK", "0") == "0":
             command = resume_command(sys.argv[1:] if argv is None else argv, has_begun(args))
             print(f"\ninterrupted; go on with: {command}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.filename is None:
-            drop_output()
         place = str(error.filename or args.out)
         advice = "name another place"
         if os.path.abspath(place).startswith(os.path.abspath(args.out)):

@@ -391,7 +391,7 @@ def test_a_full_disk_on_rank_0_does_not_hang_the_others(steady, tmp_path, name):
     )
     assert codes[0] == 2 and codes[1] != 0
     said = (tmp_path / "log0").read_text().splitlines()[-1]
-    assert "checkpoint.pt: No space left on device;" in said
+    assert said.startswith("gdrt.py: checkpoint.pt: No space left on device;")
 
 
 def press_on_rank_1(number):

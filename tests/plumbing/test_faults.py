@@ -321,7 +321,7 @@ def test_memory_that_does_not_suffice_is_no_fault_of_the_model_or_a_file(
     with pytest.raises(RuntimeError):
         data.load_model(tmp_path)
     with pytest.raises(SystemExit) as left:
-        data.run_command(lambda: too_much())
+        data.run_command(too_much)
     assert left.value.code == 2
 
 
@@ -339,7 +339,7 @@ def test_memory_that_does_not_suffice_is_said_and_the_advice_helps(
     flags = [*whole[0], "--out", str(tmp_path), "--name", "run"]
     monkeypatch.setattr(gdrt, "token_nll", too_much)
     error = fails(flags)
-    assert re.search("in an update; raise --accumulate, which .* and give another --name", error)
+    assert re.search("raise --accumulate, which .* alone, and give another --name", error)
     monkeypatch.undo()
     gdrt.main([*flags, "--accumulate", "2", "--name", "other"])
     assert list(contents(tmp_path / "other")) == list(whole[1])
