@@ -1748,6 +1748,9 @@ def logits_at(model, row, column, **inputs):
     A hook selects the nodes before the output layer, so that it runs on these alone and whatever
     the model does after it (scaling, soft caps) still happens.
     """
+    mask = inputs.get("attention_mask")
+    if mask is not None:  # fused attention misreads a float32 mask beside queries in float64
+        inputs["attention_mask"] = mask.to(torch.promote_types(mask.dtype, model.dtype))
     head = model.get_output_embeddings()
     # (B, T, D) -> (N, D)
     select = head.register_forward_pre_hook(lambda _, args: (args[0][row, column],))

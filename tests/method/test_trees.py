@@ -355,6 +355,17 @@ def test_too_little_memory_is_no_verdict_on_the_model():
         supports_packing(model, random_prompts(1), random_windows(12, 1))
 
 
+def test_a_model_in_float64_reads_trees_as_prompts():
+    model = small_model().double()
+    prompts = random_prompts(1)
+    windows = random_windows(12, 1, users=3)
+    batch = collate(build_trees(prompts, windows))
+    with torch.no_grad():
+        nll = gdrt.token_nll(model, batch, prompts, gdrt.TrainConfig())  # (N,)
+        expected = torch.cat([separate_nll(model, prompts, window) for window in windows])
+    assert in_order(batch, nll).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_windows_of_one_user_with_other_items_share_no_tree():
     """As CSV files have them: a user's second window need not go on from the first."""
     model = small_model()
