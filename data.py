@@ -7,7 +7,7 @@ These terms are used in all modules:
     split     a user's last positive is for testing, the one before for validation (or --split time)
     H         --history: a history has H to 2H - 1 items, or fewer if the user has no more
     segment   the part of the prompt that a token belongs to: BOS, TEMPLATE, USER, TITLE or PAD
-    legal     after a title prefix: a token with which some title goes on; the only one is forced
+    legal     after a title prefix: a token with which some title goes on; if alone, it is forced
     tree      prompts of one user that share a prefix, packed into one sequence
 """
 
